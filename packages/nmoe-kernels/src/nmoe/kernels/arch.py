@@ -1,0 +1,52 @@
+"""What the GPU at hand is: its arch, and its published limits where they are known."""
+
+from dataclasses import dataclass
+
+import torch
+from nmoe.kernels.errors import UnsupportedArchError
+
+NATIVE_ARCHES = ("sm_90a",)
+"""Arches that the native tier has been run on."""
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """Published limits of a device: dense bf16 FLOP/s, and device memory in bytes."""
+
+    bf16_flops: float
+    memory_bytes: int
+
+
+# FLOP/s: vendor datasheets, dense (not sparse) bf16, SXM parts. Memory: what the driver reports.
+_LIMITS = {
+    "NVIDIA B200": DeviceLimits(2.25e15, 183_359 << 20),
+    "NVIDIA H200": DeviceLimits(989.4e12, 143_771 << 20),
+    "NVIDIA H100 80GB HBM3": DeviceLimits(989.4e12, 81_559 << 20),
+    "NVIDIA A100-SXM4-80GB": DeviceLimits(312e12, 81_920 << 20),
+}
+
+
+def device_limits(name: str) -> DeviceLimits | None:
+    """Limits of the device that the driver calls `name`; None where they are not known."""
+    return _LIMITS.get(name)
+
+
+def known_devices() -> dict[str, DeviceLimits]:
+    """Every device whose limits are known, by the driver's name for it."""
+    return dict(_LIMITS)
+
+
+def detect_arch(device: torch.device | str = "cuda") -> str:
+    """Arch of a CUDA device as a compiler target: `sm_90a`, `sm_100a`, `sm_89`, …
+
+    Raises:
+        UnsupportedArchError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise UnsupportedArchError(
+            "expected a CUDA GPU, found none: run on a machine with one, or set runtime.device = 'cpu' and "
+            "runtime.kernels = 'reference'"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    suffix = "a" if major in (9, 10, 12) else ""
+    return f"sm_{major}{minor}{suffix}"

@@ -1,0 +1,121 @@
+"""The routed experts of one rank: gather, SwiGLU MLPs, gated combine, with a hand-derived backward.
+
+The backward costs twice the forward: nothing is recomputed but the activation, and only the input, the pre-activation
+and the indices are kept. The gate's gradient comes from ungated rows, so a gate of zero divides nothing.
+
+Shapes: T tokens, D model width, F expert width, e experts, K experts per token, R = T·K rows.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nmoe.kernels.errors import ShapeError
+from nmoe.kernels.main_grad import main_grad
+from nmoe.kernels.reference.routing import RowIndex
+from nmoe.kernels.reference.swiglu import swiglu_backward, swiglu_forward
+
+if TYPE_CHECKING:
+    from nmoe.kernels.ops import Ops
+
+
+def moe_experts(
+    ops: "Ops",
+    x_TD: torch.Tensor,
+    index: RowIndex,
+    gate_TK: torch.Tensor,
+    w13_e2FD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+) -> torch.Tensor:
+    """`Σ_k gate[t, k] · expert_{expert[t, k]}(x[t])`, summed in slot order in fp32.
+
+    Args:
+        ops: the tier whose grouped products are used.
+        x_TD: tokens.
+        index: the tokens' rows in expert order (`nmoe.kernels.reference.routing.index_rows`).
+        gate_TK: fp32 weights (fp64 for gradient checks).
+        w13_e2FD: gate and up projections.
+        w2_eDF: down projections.
+
+    Returns:
+        (T, D) of x's dtype.
+
+    Raises:
+        ShapeError: the shapes do not belong together.
+    """
+    n_experts, two, hidden, width = w13_e2FD.shape
+    if two != 2 or x_TD.shape[1] != width or w2_eDF.shape != (n_experts, width, hidden):
+        raise ShapeError(
+            "expected x (T, D), w13 (e, 2, F, D), w2 (e, D, F); "
+            f"found {tuple(x_TD.shape)}, {tuple(w13_e2FD.shape)}, {tuple(w2_eDF.shape)}"
+        )
+    if index.row_TK.shape != gate_TK.shape or gate_TK.shape[0] != x_TD.shape[0]:
+        raise ShapeError(
+            f"expected rows and gates (T, K) with T = {x_TD.shape[0]}; "
+            f"found {tuple(index.row_TK.shape)} and {tuple(gate_TK.shape)}"
+        )
+    return _Experts.apply(ops, x_TD, index, gate_TK, w13_e2FD, w2_eDF)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: "Ops",
+        x_TD: torch.Tensor,
+        index: RowIndex,
+        gate_TK: torch.Tensor,
+        w13_e2FD: torch.Tensor,
+        w2_eDF: torch.Tensor,
+    ) -> torch.Tensor:
+        rows_RD = x_TD[index.order_R // gate_TK.shape[1]]
+        pre_R2F = ops.grouped_gemm(rows_RD, w13_e2FD.flatten(1, 2).transpose(1, 2), index.offset_E)
+        y_RD = ops.grouped_gemm(swiglu_forward(pre_R2F), w2_eDF.transpose(1, 2), index.offset_E)
+        ctx.ops, ctx.w13, ctx.w2 = ops, w13_e2FD, w2_eDF
+        ctx.save_for_backward(x_TD, gate_TK, pre_R2F, *index)
+        return _sum_slots(y_RD, index.row_TK, gate_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ops, w13_e2FD, w2_eDF = ctx.ops, ctx.w13, ctx.w2
+        x_TD, gate_TK, pre_R2F, order_R, row_TK, offset_E = ctx.saved_tensors
+        token_R = order_R // gate_TK.shape[1]
+        gate_R1 = gate_TK.reshape(-1)[order_R, None]
+
+        dout_RD = grads[0][token_R]
+        dh_RF = ops.grouped_gemm(dout_RD, w2_eDF, offset_E)  # of ungated rows
+        h_RF = swiglu_forward(pre_R2F)
+        wide = torch.promote_types(h_RF.dtype, gate_TK.dtype)
+        dgate_R = (dh_RF.to(wide) * h_RF).sum(-1)
+        dgate_TK = dgate_R[row_TK].to(gate_TK.dtype)
+        dpre_R2F = swiglu_backward((dh_RF * gate_R1).to(h_RF.dtype), pre_R2F)
+        del dh_RF
+
+        dw2 = _wgrad(ops, dout_RD, (h_RF * gate_R1).to(h_RF.dtype), offset_E, w2_eDF)
+        del dout_RD, h_RF
+        dw13 = _wgrad(ops, dpre_R2F, x_TD[token_R], offset_E, w13_e2FD)
+        dx_RD = ops.grouped_gemm(dpre_R2F, w13_e2FD.flatten(1, 2), offset_E)
+        return None, _sum_slots(dx_RD, row_TK, None), None, dgate_TK, dw13, dw2
+
+
+def _wgrad(
+    ops: "Ops", a_RM: torch.Tensor, b_RN: torch.Tensor, offset_E: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor | None:
+    if not weight.requires_grad:
+        return None
+    accumulator = main_grad(weight)
+    into = torch.zeros_like(weight) if accumulator is None else accumulator
+    ops.grouped_wgrad(a_RM, b_RN, offset_E, into.view(weight.shape[0], a_RM.shape[1], b_RN.shape[1]))
+    return into if accumulator is None else None
+
+
+def _sum_slots(y_RD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor | None) -> torch.Tensor:
+    """A token's rows summed in slot order, in fp32 or wider, gated if gates are given."""
+    wide = torch.promote_types(y_RD.dtype, torch.float32)
+    out_TD = torch.zeros(row_TK.shape[0], y_RD.shape[1], dtype=wide, device=y_RD.device)
+    for slot in range(row_TK.shape[1]):
+        rows_TD = y_RD[row_TK[:, slot]]
+        if gate_TK is None:
+            out_TD.add_(rows_TD)
+        else:
+            out_TD.addcmul_(rows_TD.to(wide), gate_TK[:, slot, None])
+    return out_TD.to(y_RD.dtype)

@@ -1,0 +1,1 @@
+"""The native tier: kernels for the GPU at hand."""

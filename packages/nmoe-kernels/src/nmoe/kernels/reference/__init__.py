@@ -1,0 +1,1 @@
+"""The reference tier: every op in PyTorch, on any device."""

@@ -1,0 +1,32 @@
+"""Muon's orthogonalisation: the quintic Newton-Schulz iteration of https://kellerjordan.github.io/posts/muon/."""
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of X ← aX + b(XXᵀ)X + c(XXᵀ)²X; chosen there for slope at zero, so that singular values end near, not at, one."""
+
+
+def newton_schulz(matrices: torch.Tensor, *, steps: int, dtype: torch.dtype, eps: float = 1e-7) -> torch.Tensor:
+    """Near-orthogonal matrices with the singular vectors of the given ones, batched over leading dimensions.
+
+    Args:
+        matrices: (…, M, N).
+        steps: iterations.
+        dtype: dtype of the iteration (bf16 on GPUs).
+        eps: added to the Frobenius norm.
+
+    Returns:
+        (…, M, N) of `dtype`.
+    """
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
+    x = x.reshape(-1, *x.shape[-2:])
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    x = x.mT if tall else x
+    return x.reshape(matrices.shape)
