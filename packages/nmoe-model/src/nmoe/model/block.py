@@ -1,0 +1,39 @@
+"""One transformer block: attention and feed-forward, each after an RMSNorm and beside a residual."""
+
+import torch
+from nmoe.kernels.ops import Ops
+from nmoe.model.attention_mla import MultiHeadLatentAttention
+from nmoe.model.attention_sdpa import MultiHeadAttention
+from nmoe.model.cache import LayerCache
+from nmoe.model.feed_forward import MixtureOfExperts, Mlp, MoeOutput
+from nmoe.model.layers import RMSNorm, Rope
+from nmoe.model.schema import ModelConfig
+from nmoe.rdep.transport import Transport
+from torch import nn
+
+
+class Block(nn.Module):
+    """Layer `layer` of the trunk, or an MTP module's block (numbered on from the trunk)."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: Ops, transport: Transport) -> None:
+        super().__init__()
+        kind = MultiHeadLatentAttention if config.attn == "mla" else MultiHeadAttention
+        window = config.attn_local_window if config.is_local(layer) else None
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = kind(config, ops, window)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn: Mlp | MixtureOfExperts
+        if config.is_dense(layer):
+            assert config.inter_dim, "the schema requires inter_dim of a model with dense layers"
+            self.ffn = Mlp(config.dim, config.inter_dim)
+        else:
+            self.ffn = MixtureOfExperts(config, ops, transport)
+
+    def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> MoeOutput:
+        """The residual stream after this block, and the block's balance loss."""
+        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, cache)
+        normed = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, Mlp):
+            return MoeOutput(x_BSD + self.ffn(normed), None)
+        out = self.ffn(normed)
+        return MoeOutput(x_BSD + out.out_BSD, out.balance)

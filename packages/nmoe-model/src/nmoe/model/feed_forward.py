@@ -1,0 +1,132 @@
+"""Feed-forward parts of a block: the dense SwiGLU MLP and the mixture of experts.
+
+Shapes: B batch, S sequence, T = B·S tokens, D model width, F hidden width, E experts, K experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from nmoe.kernels.ops import Ops
+from nmoe.kernels.reference.routing import Routing, route
+from nmoe.kernels.reference.swiglu import swiglu
+from nmoe.model.schema import ModelConfig
+from nmoe.rdep.transport import Transport
+from torch import nn
+
+
+class Mlp(nn.Module):
+    """`w2(silu(w1 x) · w3 x)`; gate and up are one product."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(2, hidden, width))
+        self.w2 = nn.Parameter(torch.empty(width, hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (…, D)."""
+        return F.linear(swiglu(F.linear(x, self.w13.flatten(0, 1))), self.w2)
+
+
+class Experts(nn.Module):
+    """Weights of the routed experts that this rank owns."""
+
+    def __init__(self, n_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = nn.Parameter(torch.empty(n_experts, 2, hidden, width))
+        self.w2 = nn.Parameter(torch.empty(n_experts, width, hidden))
+
+
+class Router(nn.Module):
+    """Scores in fp32, whatever the model's precision: weight and bias stay fp32 too."""
+
+    bias: torch.Tensor
+    load: torch.Tensor
+
+    def __init__(self, config: ModelConfig, n_experts: int) -> None:
+        super().__init__()
+        self.config = config
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.weight = nn.Parameter(torch.empty(n_experts, config.dim, dtype=wide))
+        self.register_buffer("bias", torch.zeros(n_experts, dtype=torch.float32))
+        self.register_buffer("load", torch.zeros(n_experts, dtype=torch.float32), persistent=False)
+
+    def forward(self, x_TD: torch.Tensor) -> Routing:
+        """Experts and gates of each token."""
+        assert self.config.n_activated_experts, "the schema requires K of a model with experts"
+        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        return route(
+            logits_TE,
+            self.bias,
+            top_k=self.config.n_activated_experts,
+            n_groups=self.config.n_expert_groups,
+            n_limited_groups=self.config.n_limited_groups,
+            route_scale=self.config.route_scale,
+        )
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """One aux-loss-free step (arXiv:2408.15664): underloaded experts up, overloaded down; the load starts anew."""
+        self.bias.add_(torch.sign(self.load.mean() - self.load), alpha=self.config.router_bias_update_rate)
+        self.load.zero_()
+
+
+class MoeOutput(NamedTuple):
+    """A feed-forward part's output and its balance loss."""
+
+    out_BSD: torch.Tensor
+    balance: torch.Tensor | None
+    """Sum over sequences of the weighted balance losses; None where the config asks for none."""
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts plus shared experts (DeepSeekMoE, arXiv:2401.06066)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, transport: Transport) -> None:
+        super().__init__()
+        n_experts, hidden = config.n_routed_experts, config.moe_inter_dim
+        assert n_experts, "the schema requires the experts' number"
+        assert hidden, "the schema requires the experts' width"
+        self.config, self.ops, self.transport = config, ops, transport
+        self.router = Router(config, n_experts)
+        self.experts = Experts(n_experts, config.dim, hidden)
+        self.has_shared = config.n_shared_experts > 0
+        if self.has_shared:
+            self.shared = Mlp(config.dim, hidden * config.n_shared_experts)
+
+    def forward(self, x_BSD: torch.Tensor) -> MoeOutput:
+        """(B, S, D) to (B, S, D). In training mode the router's load counts every routed row."""
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD)
+        out_TD, load_E = self.transport.routed_experts(
+            self.ops, x_TD, routing.expert_TK, routing.gate_TK, self.experts.w13, self.experts.w2
+        )
+        if self.training:
+            self.router.load += load_E
+        if self.has_shared:
+            out_TD = out_TD + self.shared(x_TD)
+        balance = self._balance_loss(routing, x_BSD.shape[0]) if self.training else None
+        return MoeOutput(out_TD.view_as(x_BSD), balance)
+
+    def _balance_loss(self, routing: Routing, n_sequences: int) -> torch.Tensor | None:
+        per_sequence, per_batch = self.config.seq_balance_loss, self.config.aux_loss
+        if not per_sequence and not per_batch:
+            return None
+        share_TE = routing.score_TE / routing.score_TE.sum(-1, keepdim=True)
+        loss = share_TE.new_zeros(())
+        if per_sequence:
+            # Equation 18 counts the best experts by score alone: the bias must not hide what the scores prefer.
+            order_TE = torch.sort(routing.score_TE.detach(), dim=-1, descending=True, stable=True).indices
+            best_TK = order_TE[:, : routing.expert_TK.shape[1]]
+            loss = loss + per_sequence * _imbalance(share_TE, best_TK, n_sequences)
+        if per_batch:
+            loss = loss + per_batch * n_sequences * _imbalance(share_TE, routing.expert_TK, 1)
+        return loss
+
+
+def _imbalance(share_TE: torch.Tensor, expert_TK: torch.Tensor, groups: int) -> torch.Tensor:
+    """`E/K · Σ_e (fraction of tokens that chose e) · (mean score share of e)`, summed over equal groups of tokens; 1 a
+    group where all is even."""
+    chosen_TE = torch.zeros_like(share_TE).scatter_(1, expert_TK, 1.0)
+    share_GE, chosen_GE = (x.unflatten(0, (groups, -1)).mean(1) for x in (share_TE, chosen_TE))
+    return (share_GE * chosen_GE).sum() * (share_TE.shape[1] / expert_TK.shape[1])

@@ -1,0 +1,159 @@
+"""The language model: embedding, blocks, final norm, head, and the multi-token-prediction modules.
+
+Shapes: B batch, S sequence, T = B·S tokens, D model width, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Self
+
+import torch
+from nmoe.kernels.ops import Ops
+from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
+from nmoe.model.block import Block
+from nmoe.model.cache import Cache
+from nmoe.model.feed_forward import Router
+from nmoe.model.layers import Embedding, Linear, RMSNorm, RotaryEmbedding
+from nmoe.model.mtp import MtpModule
+from nmoe.model.schema import ModelConfig
+from nmoe.rdep.transport import Transport
+from torch import nn
+
+Role = Literal["embed", "norm", "router", "expert", "dense"]
+"""What a parameter is, for optimizers: `embed` is embedding and head, `dense` every other matrix but the experts'."""
+
+
+class TrainingLoss(NamedTuple):
+    """The loss of a micro-batch, as its share of the global batch's mean."""
+
+    total: torch.Tensor
+    """What is differentiated: next-token loss, weighted MTP and balance losses."""
+    next_token: torch.Tensor
+    """Next-token loss alone, detached."""
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer of DeepSeek-V3's shape. Build it with `Transformer.build`, which draws the weights."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, transport: Transport) -> None:
+        super().__init__()
+        self.config, self.ops = config, ops
+        self.embed = Embedding(config.vocab_size, config.dim)
+        self.rope = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(Block(config, i, ops, transport) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = Linear(config.dim, config.vocab_size)
+        self.mtp = nn.ModuleList(MtpModule(config, k, ops, transport) for k in range(1, config.mtp_depth + 1))
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        ops: Ops,
+        transport: Transport,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        seed: int | None = None,
+    ) -> Self:
+        """A model with its parameters in `dtype` on `device` (routers in fp32 at least).
+
+        Args:
+            config: the shape.
+            ops: the kernel tier.
+            transport: how rows reach experts.
+            device: where the parameters live; `meta` for shapes alone.
+            dtype: of all parameters but the routers'.
+            seed: draws the weights; None leaves them unset, to be loaded.
+        """
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = cls(config, ops, transport)
+        finally:
+            torch.set_default_dtype(default)
+        if seed is not None:
+            model.init_weights(seed)
+        return model
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Matrices from N(0, init_std²), norms one. Each parameter has its own stream, by name: adding a layer changes
+        no other layer's start."""
+        for name, parameter in self.named_parameters():
+            if parameter_role(name) == "norm":
+                parameter.fill_(1.0)
+                continue
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
+            parameter.normal_(0.0, self.config.init_std, generator=generator)
+
+    def hidden(self, token_BS: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """States after the final norm, (B, S, D); with a cache, the tokens continue what it holds."""
+        return self._trunk(token_BS, cache)[0]
+
+    def _trunk(self, token_BS: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        start = 0 if cache is None else cache.length
+        rope = self.rope(start, token_BS.shape[1], token_BS.device)
+        x_BSD, balances = self.embed(token_BS), []
+        for i, layer in enumerate(self.layers):
+            x_BSD, balance = layer(x_BSD, rope, None if cache is None else cache.layers[i])
+            if balance is not None:
+                balances.append(balance)
+        return self.norm(x_BSD), balances
+
+    def logits(self, token_BS: torch.Tensor, cache: Cache | None = None, *, last_only: bool = False) -> torch.Tensor:
+        """Next-token logits (B, S, V), or (B, 1, V) of the last position."""
+        state_BSD = self.hidden(token_BS, cache)
+        return self.head(state_BSD[:, -1:] if last_only else state_BSD)
+
+    def score(self, input_BS: torch.Tensor, target_BS: torch.Tensor) -> torch.Tensor:
+        """Sum of `-log p(target)` in nats over targets that are not -100; never holds T×V logits."""
+        state_TD = self.hidden(input_BS).flatten(0, 1)
+        return linear_cross_entropy(state_TD, self.head.weight, target_BS.flatten())
+
+    def training_loss(self, sample_BS1: torch.Tensor, n_tokens: int) -> TrainingLoss:
+        """Loss of samples of S + 1 tokens, over `n_tokens`, the predicted tokens of the whole global batch.
+
+        Depth k of MTP drops the last k positions; its loss is divided by the same count (equation 24), the depths'
+        mean weighted by λ (equation 25). Balance losses are means over the sequences of the global batch.
+        """
+        length = sample_BS1.shape[1] - 1
+        input_BS, target_BS = sample_BS1[:, :-1], sample_BS1[:, 1:]
+        state_BSD, balances = self._trunk(input_BS, None)
+        nll = linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS.flatten())
+        total = nll / n_tokens
+        for depth, module in enumerate(self.mtp, start=1):
+            rope = self.rope(0, length - depth, sample_BS1.device)
+            embedding_BSD = self.embed(input_BS[:, depth:])
+            state_BSD, balance = module(state_BSD[:, : length - depth], embedding_BSD, rope)
+            if balance is not None:
+                balances.append(balance)
+            loss = linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS[:, depth:].flatten())
+            total = total + loss * (self.config.mtp_loss_weight / self.config.mtp_depth / n_tokens)
+        for balance in balances:
+            total = total + balance * (length / n_tokens)
+        return TrainingLoss(total, (nll / n_tokens).detach())
+
+    def routers(self) -> Iterator[tuple[str, Router]]:
+        """Every router by the name of its block, in order."""
+        for name, module in self.named_modules():
+            if isinstance(module, Router):
+                yield name.removesuffix(".ffn.router"), module
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that makes the model, by name: parameters and the routers' selection biases."""
+        return dict(self.state_dict())
+
+
+def parameter_role(name: str) -> Role:
+    """The role of the parameter of that name (as `Transformer.named_parameters` gives it)."""
+    parts = name.split(".")
+    if parts[0] in ("embed", "head"):
+        return "embed"
+    if "norm" in parts[-2]:
+        return "norm"
+    if parts[-2] == "router":
+        return "router"
+    return "expert" if parts[-2] == "experts" else "dense"
