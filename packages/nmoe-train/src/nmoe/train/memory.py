@@ -1,0 +1,107 @@
+"""What a rank needs of memory, predicted from the configuration. Imports no torch.
+
+Parameters, gradients and optimizer state are sums over shapes. Activations are a sum over what autograd keeps of a
+micro-batch plus the largest temporaries; the comments name the tensors.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from nmoe.model.count import parameter_shapes
+from nmoe.model.schema import ModelConfig
+from nmoe.train.schema import TrainingConfig
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on one rank."""
+
+    parameters: int
+    """Weights as the kernels read them, and the 16-bit residuals that make them exact fp32 masters."""
+    gradients: int
+    """fp32 accumulators."""
+    optimizer: int
+    """Moments or momentum, fp32."""
+    activations: int
+    """Kept for the backward of one micro-batch."""
+    workspace: int
+    """The largest temporaries that live at once."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
+
+
+def predict_memory(config: TrainingConfig) -> MemoryNeed:
+    """Bytes that each rank needs. With W ranks, experts are sharded; of the rest, weights are replicated and masters,
+    gradients and optimizer state sharded (ZeRO-2)."""
+    ranks, bf16 = config.runtime.world_size, config.runtime.precision == "bf16"
+    weight_bytes, residual_bytes = (2, 2) if bf16 else (4, 0)
+    parameters = gradients = optimizer = 0.0
+    for name, shape in parameter_shapes(config.model).items():
+        size, expert = prod(shape), ".experts." in name
+        router = name.endswith("router.weight")  # fp32 always, so without a residual
+        here = size / ranks
+        parameters += (here if expert else size) * (4 if router else weight_bytes)
+        parameters += 0 if router else here * residual_bytes
+        gradients += here * 4
+        optimizer += here * 4 * _moments(config, name)
+    return MemoryNeed(int(parameters), int(gradients), int(optimizer), _activations(config), _workspace(config))
+
+
+def _moments(config: TrainingConfig, name: str) -> int:
+    if ".experts." in name:
+        return 1 if config.optim.expert_optimizer == "muon" else 2
+    matrix = not ("norm" in name or name.startswith(("embed", "head")) or name.endswith("router.weight"))
+    return 1 if matrix and config.optim.dense_optimizer == "muon" else 2
+
+
+def _activations(config: TrainingConfig) -> int:
+    model, width = config.model, _bytes(config)
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    total = 0.0
+    for layer in range(model.n_layers + model.mtp_depth):
+        if layer >= model.n_layers:
+            # both norms' inputs and outputs, their concatenation, the last norm
+            total += tokens * width * model.dim * 7
+        # residual stream and its norm, before attention and before the feed-forward part
+        total += tokens * width * (4 * model.dim + _attention_width(model))
+        if model.is_dense(layer):
+            total += tokens * width * 3 * (model.inter_dim or 0)  # pre-activation 2F, activation F
+        else:
+            hidden, top_k = model.moe_inter_dim or 0, model.n_activated_experts or 0
+            total += tokens * width * (2 * top_k + 3 * model.n_shared_experts) * hidden
+            total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # the router's fp32 input and scores
+            total += tokens * top_k * 8 * 3  # row indices
+    heads = 1 + model.mtp_depth
+    # input and gradient of the head's chunks, and the head's fp32 gradient until it is added to the accumulator
+    total += heads * (tokens * width * 2 * model.dim + 4 * model.vocab_size * model.dim)
+    return int(total)
+
+
+def _attention_width(model: ModelConfig) -> int:
+    """Elements a token that attention keeps: query, key, value, output (twice: as attention and as projection see it),
+    and MLA's latents before and after their norms."""
+    heads = model.n_heads
+    if model.attn == "sdpa":
+        return 5 * heads * (model.head_dim or 0)
+    qk = (model.qk_nope_head_dim or 0) + (model.qk_rope_head_dim or 0)
+    value = model.v_head_dim or 0
+    return heads * (2 * qk + 3 * value) + 2 * (model.kv_lora_rank or 0) + 2 * (model.q_lora_rank or 0)
+
+
+def _workspace(config: TrainingConfig) -> int:
+    model, width = config.model, _bytes(config)
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    logits = min(tokens * model.vocab_size, 1 << 28) * (4 + 4 + width) + 4 * model.vocab_size * model.dim
+    experts = 0.0
+    if model.has_moe:
+        rows, hidden = tokens * (model.n_activated_experts or 0), model.moe_inter_dim or 0
+        weight_gradient = (model.n_routed_experts or 0) / config.runtime.world_size * 2 * hidden * model.dim * width
+        experts = rows * width * (2 * model.dim + 3 * hidden) + weight_gradient
+    return int(max(logits, experts))
+
+
+def _bytes(config: TrainingConfig) -> int:
+    return 2 if config.runtime.precision == "bf16" else 4

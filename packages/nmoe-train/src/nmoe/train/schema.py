@@ -1,0 +1,155 @@
+"""The sections that the trainer owns: `[train]`, `[optim]`, `[schedule]`, `[checkpoint]`, `[metrics]`, `[runtime]`.
+
+Imports no torch. A field marked "identity" decides what is computed: changing it at resume is an error.
+"""
+
+from typing import Annotated, Literal, Self
+
+from nmoe.model.schema import ModelConfig
+from nmoe.rdep.schema import RdepConfig
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainConfig(Section):
+    """Length and batch of a run."""
+
+    steps: PositiveInt
+    """Optimizer steps in all, counted from the run's start."""
+    batch_size: Annotated[PositiveInt, "identity"]
+    """Global batch, in sequences."""
+    micro_batch_size: PositiveInt
+    """Sequences a rank puts through the model at once; gradients accumulate up to `batch_size`."""
+    seq_len: Annotated[PositiveInt, "identity"]
+    """Predicted tokens a sequence, S; a sample holds S + 1."""
+    target_loss: PositiveFloat | None = None
+    """Stop once an evaluation's validation loss (nats a token) is at or under this."""
+
+
+class OptimConfig(Section):
+    """AdamW groups and Muon."""
+
+    lr_dense: Annotated[PositiveFloat, "identity"]
+    lr_router: Annotated[PositiveFloat, "identity"]
+    lr_expert: Annotated[PositiveFloat, "identity"]
+    lr_embed: Annotated[PositiveFloat | None, "identity"] = None
+    """Embedding, head and norms; absent: `lr_dense`. Under Muon these stay on AdamW."""
+    dense_optimizer: Annotated[Literal["adamw", "muon"], "identity"] = "adamw"
+    """For the hidden 2-D weights outside the experts."""
+    expert_optimizer: Annotated[Literal["adamw", "muon"], "identity"] = "adamw"
+    beta1: Annotated[Beta, "identity"] = 0.9
+    beta2_dense: Annotated[Beta, "identity"] = 0.95
+    beta2_router: Annotated[Beta, "identity"] = 0.95
+    beta2_expert: Annotated[Beta, "identity"] = 0.95
+    eps: Annotated[PositiveFloat, "identity"] = 1e-8
+    weight_decay: Annotated[NonNegativeFloat, "identity"] = 0.1
+    """Decoupled. The router, norms and biases are not decayed."""
+    muon_momentum: Annotated[Beta, "identity"] = 0.95
+    muon_steps: Annotated[PositiveInt, "identity"] = 5
+    """Newton-Schulz iterations."""
+    clip_grad_norm: Annotated[PositiveFloat | None, "identity"] = 1.0
+    """Global gradient norm above which gradients are scaled down; absent: never."""
+
+
+class ScheduleConfig(Section):
+    """Warm-up, hold, decay (WSD), in tokens: linear up, flat, linear down to a floor."""
+
+    warmup_steps: Annotated[NonNegativeInt, "identity"] = 0
+    hold_tokens: Annotated[NonNegativeInt, "identity"]
+    """Tokens at the full rate after warm-up."""
+    decay_tokens: Annotated[NonNegativeInt, "identity"] = 0
+    """Tokens over which the rate falls; 0 holds it for ever."""
+    decay_floor: Annotated[Fraction, "identity"] = 0.0
+    """The rate after decay, as a fraction of the full rate."""
+
+
+class CheckpointConfig(Section):
+    """When the run's state goes to disk. A run that a signal stops is always saved."""
+
+    every: PositiveInt | None = None
+    """Steps between checkpoints; absent: only the last step. With it, a step that is evaluated is saved first."""
+    last: bool = True
+    """Whether the last step is saved, wherever `every` falls; false for timing runs that keep nothing."""
+    keep: PositiveInt = 2
+    """The newest so many stay."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of this stay for ever."""
+
+
+class MetricsConfig(Section):
+    """How much is recorded."""
+
+    every: PositiveInt = 1
+    """Steps between rows of metrics and lines on the console."""
+    compact_every: PositiveInt = 200
+    """Recorded steps whose Parquet files are joined into one in the background."""
+
+
+class RuntimeConfig(Section):
+    """Where and in which numbers the run computes."""
+
+    device: Annotated[Literal["cpu", "cuda"], "identity"]
+    precision: Annotated[Literal["fp32", "bf16"], "identity"]
+    kernels: Annotated[Literal["reference", "native"], "identity"]
+    """`native`: the kernels for the GPU at hand. `reference`: PyTorch on any device, only when asked for."""
+    seed: Annotated[NonNegativeInt, "identity"] = 0
+    world_size: PositiveInt = 1
+    """Ranks, one a GPU."""
+    threads: PositiveInt | None = None
+    """CPU threads of a rank; absent: PyTorch's choice. Bit-equal resume needs the same number."""
+
+
+class TrainingConfig(Section):
+    """Everything that the trainer reads."""
+
+    model: ModelConfig
+    rdep: RdepConfig = RdepConfig()
+    train: TrainConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    runtime: RuntimeConfig
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        ranks, micro, batch = self.runtime.world_size, self.train.micro_batch_size, self.train.batch_size
+        problems = []
+        if batch % (micro * ranks):
+            problems.append(
+                f"train.batch_size = {batch} is no multiple of train.micro_batch_size × runtime.world_size "
+                f"= {micro} × {ranks}"
+            )
+        if self.model.mtp_depth >= self.train.seq_len:
+            problems.append(f"model.mtp_depth = {self.model.mtp_depth} leaves nothing of train.seq_len")
+        if self.model.n_routed_experts is not None and self.model.n_routed_experts % ranks:
+            problems.append(f"model.n_routed_experts = {self.model.n_routed_experts} do not divide among {ranks} ranks")
+        if ranks > 1 and self.rdep.transport == "local":
+            problems.append(f"rdep.transport = 'local' serves one rank, runtime.world_size is {ranks}: use 'ipc'")
+        if self.runtime.device == "cpu" and self.runtime.kernels == "native":
+            problems.append("runtime.device = 'cpu' has reference kernels only: runtime.kernels = 'reference'")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Predicted tokens in one global batch."""
+        return self.train.batch_size * self.train.seq_len

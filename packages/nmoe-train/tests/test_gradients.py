@@ -1,0 +1,64 @@
+import pytest
+import torch
+from nmoe.train.gradients import Gradients, clip_factor
+from torch import nn
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3, bias=False))
+
+
+def test_micro_batches_sum_and_nothing_stays_in_grad():
+    ours, plain = model(), model()
+    gradients = Gradients(ours.named_parameters())
+    gradients.zero()
+    for i in range(3):
+        x = torch.full((2, 4), float(i + 1))
+        ours(x).sum().backward()
+        plain(x).sum().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients.by_name[name], parameter.grad)
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_bf16_gradients_are_summed_in_fp32():
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    gradients = Gradients([("p", parameter)])
+    gradients.zero()
+    for _ in range(300):  # bf16 would stop counting at 256
+        parameter.sum().backward()
+    assert gradients.by_name["p"].item() == 300.0
+
+
+def test_zero_starts_a_new_step():
+    ours = model()
+    gradients = Gradients(ours.named_parameters())
+    ours(torch.ones(1, 4)).sum().backward()
+    gradients.zero()
+    assert gradients.norm().item() == 0.0
+
+
+def test_norm_and_clipping_equal_torchs():
+    ours, plain = model(), model()
+    gradients = Gradients(ours.named_parameters())
+    for m in (ours, plain):
+        (m(torch.randn(8, 4, generator=torch.Generator().manual_seed(1))) * 10).square().sum().backward()
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    norm = gradients.norm()
+    torch.testing.assert_close(norm, expected)
+    factor = clip_factor(norm, 1.0)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients.by_name[name] * factor, parameter.grad)
+
+
+def test_small_gradients_and_no_limit_are_left_alone():
+    assert clip_factor(torch.tensor(0.5), 1.0).item() == 1.0
+    assert clip_factor(torch.tensor(50.0), None).item() == 1.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_names_the_parameters_that_are_not_finite(bad):
+    gradients = Gradients(model().named_parameters())
+    gradients.by_name["1.weight"][2, 3] = bad
+    assert gradients.not_finite() == ["1.weight"]

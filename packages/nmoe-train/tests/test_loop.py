@@ -1,0 +1,307 @@
+"""The loop as a whole: same bits after a stop, same update whatever the micro-batches, nothing lost when it fails."""
+
+import hashlib
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nmoe.model.transformer import Transformer
+from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
+from nmoe.train.errors import IdentityMismatchError, NonFiniteError
+from nmoe.train.loop import train
+from nmoe.train.metrics import read_metrics
+from nmoe.train.protocols import RunStart, StepReport
+from nmoe.train.run_folder import RunFolder
+from nmoe.train.schema import TrainingConfig
+
+IDENTITY = {"key": 1}
+
+TINY_MODEL: dict[str, Any] = {
+    "vocab_size": 61,
+    "dim": 32,
+    "n_layers": 3,
+    "n_dense_layers": 1,
+    "n_heads": 2,
+    "init_std": 0.05,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "attn_local": "swa",
+    "attn_local_window": 8,
+    "attn_global_every": 2,
+    "inter_dim": 48,
+    "moe_inter_dim": 16,
+    "n_routed_experts": 4,
+    "n_activated_experts": 2,
+    "n_shared_experts": 1,
+    "seq_balance_loss": 1e-3,
+    "mtp_depth": 1,
+}
+
+
+class RandomTokens:
+    """Samples that are a function of their index alone."""
+
+    fingerprint = "random tokens"
+    samples_per_epoch = 1 << 40
+
+    def __init__(self, vocab_size: int, seq_len: int) -> None:
+        self.vocab_size, self.seq_len = vocab_size, seq_len
+
+    def batch(self, cursor: int, count: int) -> np.ndarray:
+        rows = [np.random.default_rng(cursor + i).integers(0, 8, self.seq_len + 1) for i in range(count)]
+        return np.stack(rows).astype(np.int64) % self.vocab_size
+
+
+class Recorder:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.started: RunStart | None = None
+        self.steps: list[StepReport] = []
+        self.evaluations: list[tuple[int, Mapping[str, float]]] = []
+        self.checkpoints: list[int] = []
+        self.messages: list[str] = []
+        self.events: list[str] = []
+
+    def start(self, run: RunStart) -> None:
+        self.started = run
+
+    def step(self, report: StepReport) -> None:
+        self.steps.append(report)
+        self.events.append(f"step {report.step}")
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self.evaluations.append((step, values))
+        self.events.append(f"evaluation {step}")
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        self.checkpoints.append(step)
+        self.events.append(f"checkpoint {step}")
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def close(self) -> None:
+        self.events.append("close")
+
+
+def tiny_config(**sections: Mapping[str, Any]) -> TrainingConfig:
+    """The tiny setup, with keys of sections replaced."""
+    base: dict[str, dict[str, Any]] = {
+        "model": TINY_MODEL,
+        "train": {"steps": 6, "batch_size": 4, "micro_batch_size": 2, "seq_len": 24},
+        "optim": {
+            "lr_dense": 1e-2,
+            "lr_router": 1e-2,
+            "lr_expert": 1e-2,
+            "dense_optimizer": "muon",
+            "expert_optimizer": "muon",
+        },
+        "schedule": {"warmup_steps": 2, "hold_tokens": 192, "decay_tokens": 192},
+        "checkpoint": {},
+        "metrics": {},
+        "runtime": {"device": "cpu", "precision": "fp32", "kernels": "reference", "threads": 1},
+    }
+    return TrainingConfig.model_validate({name: {**keys, **sections.get(name, {})} for name, keys in base.items()})
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
+
+
+def run_training(tmp_path, name="run", *, config=None, recorder=None, identity=IDENTITY, batches=None, **options):
+    config = config or tiny_config()
+    run = RunFolder(tmp_path, name)
+    run.path.mkdir(parents=True, exist_ok=True)
+    batches = batches or RandomTokens(config.model.vocab_size, config.train.seq_len)
+    outcome = train(config, run=run, batches=batches, identity=identity, reporter=recorder or Recorder(), **options)
+    return run, outcome
+
+
+def digest(run):
+    folder = load(newest_complete(run.checkpoints))
+    sha = hashlib.sha256()
+    for name in folder.names:
+        sha.update(name.encode())
+        sha.update(folder.tensor(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def weights(run):
+    return load(newest_complete(run.checkpoints)).tensors("model/")
+
+
+class StopAt(Recorder):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        super().__init__()
+        self.at, self.number = step, number
+
+    def step(self, report):
+        super().step(report)
+        if report.step == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_and_resuming_gives_the_same_bits(tmp_path, number):
+    whole, _ = run_training(tmp_path, "whole")
+    cut, outcome = run_training(tmp_path, "cut", recorder=StopAt(3, number))
+    assert (outcome.status, outcome.step, outcome.signal) == ("interrupted", 3, int(number))
+    assert step_of(newest_complete(cut.checkpoints)) == 3
+    resumed, outcome = run_training(tmp_path, "cut", resume=load(newest_complete(cut.checkpoints)))
+    assert outcome.status == "finished"
+    assert digest(resumed) == digest(whole)
+    columns = ["step", "tag", "value", "rank"]
+    losses = [
+        [row for row in read_metrics(run.metrics).select(columns).to_pylist() if not row["tag"].startswith("perf/")]
+        for run in (whole, resumed)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_digest_notices_one_more_step(tmp_path):
+    short, _ = run_training(tmp_path, "short")
+    longer, _ = run_training(tmp_path, "longer", config=tiny_config(train={"steps": 7}))
+    assert digest(short) != digest(longer)
+
+
+def test_micro_batches_change_the_update_by_rounding_only(tmp_path):
+    """1, 2 and 4 micro-batches. Muon's iteration amplifies rounding, so AdamW's ε is raised and Muon left out."""
+    results = []
+    for micro in (4, 2, 1):
+        config = tiny_config(
+            train={"micro_batch_size": micro, "steps": 2},
+            optim={"dense_optimizer": "adamw", "expert_optimizer": "adamw", "eps": 1e-3},
+        )
+        run, outcome = run_training(tmp_path, f"micro{micro}", config=config)
+        results.append((outcome.loss, weights(run)))
+    for loss, tensors in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_checkpoint_is_saved_before_every_evaluation(tmp_path, recorder):
+    def evaluate(model: Transformer):
+        assert not model.training
+        return {"val/loss": 1.0, "val/bpb": 2.0}
+
+    run_training(tmp_path, recorder=recorder, evaluate=evaluate, evaluate_every=2)
+    assert [step for step, _ in recorder.evaluations] == [2, 4, 6]
+    for step in (2, 4, 6):
+        assert recorder.events.index(f"checkpoint {step}") < recorder.events.index(f"evaluation {step}")
+
+
+def test_a_failed_evaluation_is_reported_and_training_goes_on(tmp_path, recorder):
+    def evaluate(model: Transformer):
+        raise RuntimeError("no such thing")
+
+    _, outcome = run_training(tmp_path, recorder=recorder, evaluate=evaluate, evaluate_every=3)
+    assert outcome.status == "finished"
+    assert len(recorder.messages) == 2
+    assert "no such thing" in recorder.messages[0]
+
+
+def test_the_target_loss_ends_the_run(tmp_path, recorder):
+    losses = iter([3.0, 1.4, 1.0])
+    config = tiny_config(train={"target_loss": 1.5})
+    _, outcome = run_training(
+        tmp_path, config=config, recorder=recorder, evaluate=lambda model: {"val/loss": next(losses)}, evaluate_every=2
+    )
+    assert (outcome.status, outcome.step) == ("target_reached", 4)
+
+
+def test_evaluation_moves_neither_loads_nor_biases(tmp_path):
+    def evaluate(model: Transformer):
+        tokens = torch.arange(48).view(2, 24)
+        model.score(tokens, tokens)
+        return {}
+
+    plain, _ = run_training(tmp_path, "plain")
+    measured, _ = run_training(tmp_path, "measured", evaluate=evaluate, evaluate_every=1)
+    assert digest(plain) == digest(measured)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_non_finite_step_is_not_applied_and_says_where(tmp_path, monkeypatch, what):
+    original, calls = Transformer.training_loss, iter(range(100))
+
+    def poisoned(self, sample, n_tokens):
+        loss = original(self, sample, n_tokens)
+        if next(calls) != 5:  # step 3, second micro-batch
+            return loss
+        if what == "loss":
+            return loss._replace(total=loss.total * float("nan"), next_token=loss.next_token * float("nan"))
+        return loss._replace(total=loss.total + _infinite_gradient(self.norm.weight))
+
+    monkeypatch.setattr(Transformer, "training_loss", poisoned)
+    config = tiny_config(checkpoint={"every": 1, "keep": 10})
+    with pytest.raises(NonFiniteError, match=f"step 3: .* in the {what}") as caught:
+        run_training(tmp_path, config=config)
+    run = RunFolder(tmp_path, "run")
+    assert [step_of(path) for path in list_complete(run.checkpoints)] == [1, 2]
+    if what == "loss":
+        assert "micro-batch 1, samples 10 to 11" in str(caught.value)
+    else:
+        assert "of norm.weight" in str(caught.value)
+
+
+def _infinite_gradient(weight):
+    """Zero, with an infinite derivative."""
+    return (weight - weight.detach()).abs().sum().sqrt()
+
+
+def test_a_changed_identity_is_refused_with_old_and_new(tmp_path):
+    cut, _ = run_training(tmp_path, "cut", recorder=StopAt(2))
+    with pytest.raises(IdentityMismatchError, match="key: the run has 1, now 2"):
+        run_training(tmp_path, "cut", identity={"key": 2}, resume=load(newest_complete(cut.checkpoints)))
+
+
+def test_starting_from_weights_takes_them_and_counts_from_zero(tmp_path, recorder):
+    first, _ = run_training(tmp_path, "first")
+    source = load(newest_complete(first.checkpoints))
+    config = tiny_config(
+        train={"steps": 1},
+        optim={"lr_dense": 1e-12, "lr_router": 1e-12, "lr_expert": 1e-12},
+        model={"router_bias_update_rate": 0.0},
+    )
+    second, outcome = run_training(tmp_path, "second", config=config, recorder=recorder, start_from=source)
+    assert outcome.step == 1
+    old, new = source.tensors("model/"), weights(second)
+    assert all(torch.allclose(old[name], new[name], atol=1e-9) for name in old)
+
+
+def test_metrics_hold_every_tag_of_every_step(tmp_path):
+    run, _ = run_training(tmp_path)
+    rows = read_metrics(run.metrics).to_pylist()
+    steps_by_tag = {}
+    for row in rows:
+        steps_by_tag.setdefault(row["tag"], []).append(row["step"])
+    router = {f"router/{layer}/{figure}" for layer in ("1", "2", "mtp0")
+              for figure in ("load_entropy", "max_over_mean", "dead_experts", "bias_range")}  # fmt: skip
+    assert router | {"train/loss", "train/lr", "train/grad_norm", "perf/ms_step", "perf/tokens_per_s"} <= set(
+        steps_by_tag
+    )
+    assert all(steps == [1, 2, 3, 4, 5, 6] for steps in steps_by_tag.values())
+
+
+def test_the_loss_falls(tmp_path):
+    run, _ = run_training(tmp_path, config=tiny_config(train={"steps": 40}, schedule={"hold_tokens": 10**6}))
+    losses = {row["step"]: row["value"] for row in read_metrics(run.metrics, tags=["train/loss"]).to_pylist()}
+    assert losses[40] < losses[1] - 1.0
+
+
+def test_a_profile_holds_the_named_ranges(tmp_path):
+    run, _ = run_training(tmp_path, profile=(2, 3))
+    trace = (run.path / "profile" / "trace.json").read_text()
+    assert all(f'"{name}"' in trace for name in ("forward", "backward", "update"))
