@@ -5,7 +5,7 @@ import os
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,7 +76,7 @@ class ShardWriter:
         self._close()
         tokenizer = self._tokenizer
         manifest = Manifest(
-            tool=f"nmoe-data {version('nmoe-data')}",
+            tool=_tool(),
             tokenizer=TokenizerRecord(
                 name=tokenizer.name,
                 fingerprint=tokenizer.fingerprint,
@@ -167,3 +167,11 @@ def _npy_header(dtype: np.dtype, count: int) -> bytes:
 
 def _record(path: Path) -> FileRecord:
     return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def _tool() -> str:
+    """What writes, with its version; a source tree on the path has none."""
+    try:
+        return f"nmoe-data {version('nmoe-data')}"
+    except PackageNotFoundError:
+        return "nmoe-data from source"

@@ -1,0 +1,48 @@
+"""`n import`: a Hugging Face folder as a model of ours."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+from nmoe.cli.context import Injected
+
+
+def import_model(
+    folder: Annotated[Path, Parameter(help="A Hugging Face folder in the DeepSeek-V3 format.")],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder to make.")],
+    tokenizer: Annotated[
+        str | None, Parameter(help="byte, gpt2, o200k_harmony or a .tiktoken file: the model's, recorded with it.")
+    ] = None,
+    context: Injected,
+) -> None:
+    """Read a Hugging Face folder, so that --from, eval, generate and export can use it."""
+    from nmoe.cli.console import print_summary
+    from nmoe.cli.toml_writer import dump_toml
+    from nmoe.cli.units import format_count
+    from nmoe.model.checkpoint import write_folder
+    from nmoe.model.count import count_parameters
+    from nmoe.model.hf import import_hf
+    from nmoe.model.weights import DOCUMENT, PREFIX, config_document
+
+    documents = {}
+    if tokenizer is not None:
+        from nmoe.data.tokenizers import load_tokenizer
+
+        documents["tokenizer"] = {"name": tokenizer, "fingerprint": load_tokenizer(tokenizer).fingerprint}
+    config, tensors = import_hf(folder)
+    documents[DOCUMENT] = config_document(config)
+    write_folder(output, {PREFIX + name: tensor for name, tensor in tensors.items()}, documents)
+    count = count_parameters(config)
+    (output / "model.toml").write_text(dump_toml({"model": config_document(config)}), encoding="utf-8")
+    rows = [
+        ("from", str(folder)),
+        ("parameters", f"{format_count(count.total)} in all, {format_count(count.active)} active for a token"),
+        ("[model] section", str(output / "model.toml")),
+    ]
+    steps = [
+        f'n generate {output} --prompt "The"' + ("" if tokenizer else " --tokenizer NAME"),
+        f'n train CONFIG --from {output}, where CONFIG begins with: base = "{output / "model.toml"}"',
+    ]
+    print_summary(context.console, f"Imported to {output}", rows, steps)

@@ -1,0 +1,263 @@
+"""Composes a training run: data, run folder, database, trainer, evaluation, and the words at its end."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from nmoe.cli.config import LoadedConfig, load_config
+from nmoe.cli.console import is_live, print_line, print_summary
+from nmoe.cli.context import Context
+from nmoe.cli.errors import ExitCode, UsageError
+from nmoe.cli.exit_codes import exit_code_of
+from nmoe.cli.fingerprint import diff, fingerprint, identity_fields, operational_fields
+from nmoe.cli.locate import locate_model
+from nmoe.cli.loss_curve import loss_curve
+from nmoe.cli.reporter import make_reporter
+from nmoe.cli.run_data import RunData, open_run_data, validation_set
+from nmoe.cli.toml_writer import dump_toml
+from nmoe.data.loader import Loader
+from nmoe.eval.validation import validate
+from nmoe.model.checkpoint import TensorFolder
+from nmoe.model.generation import Sampling, generate
+from nmoe.model.transformer import Transformer
+from nmoe.train.checkpointer import load, newest_complete, step_of
+from nmoe.train.environment import environment, git_commit
+from nmoe.train.errors import NonFiniteError
+from nmoe.train.experiments import EndStatus, Experiments
+from nmoe.train.loop import Outcome, train
+from nmoe.train.metrics import read_metrics
+from nmoe.train.run_folder import RunFolder, new_run_id
+from nmoe.train.state import check_identity
+
+SAMPLE_TOKENS = 200
+SAMPLE = Sampling(temperature=0.8, top_p=0.95, seed=0)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asked for."""
+
+    path: Path
+    """The configuration file; its name is the experiment's."""
+    loaded: LoadedConfig
+    run_id: str | None
+    resume: bool | None
+    start_from: str | None
+    profile: str | None
+
+
+def run_training(request: Request, context: Context) -> int:
+    """Trains as requested; returns the exit code.
+
+    Raises:
+        UsageError: the request contradicts itself or what is on disk.
+        Any error of data, checkpoints or trainer; the database then says how the run ended.
+    """
+    profile = _parse_profile(request.profile)
+    run = RunFolder(context.data_root, request.run_id or new_run_id())
+    continues = _continues(request, run)
+    config, console = request.loaded.config, context.console
+    parent = locate_model(request.start_from, context.data_root) if request.start_from else None
+    data = open_run_data(config.data, config.model.vocab_size, context.data_root, console)
+    if config.train.target_loss is not None and data.val is None:
+        raise UsageError(
+            "train.target_loss is of the validation loss, and there is no validation set: set data.val_path"
+        )
+    loader = Loader(data.train, config.train.seq_len, config.runtime.seed)
+    resolved, env = dump_toml(request.loaded.resolved), environment()
+    if continues:
+        before = load_config(run.config, environ=context.environ).config
+    else:
+        run.create(resolved, env)
+    with run.lock(), Experiments(context.data_root / "experiments.db") as experiments:
+        checkpoint = _newest(run)
+        if continues:
+            _refuse_if_finished(run, checkpoint, config.train.steps)
+        experiments.start(
+            run.run_id,
+            experiment=request.path.stem,
+            config=resolved,
+            steps=config.train.steps,
+            step=0 if checkpoint is None else step_of(checkpoint.path),
+            git_commit=git_commit(),
+            parent_run=None if parent is None else (parent.run.run_id if parent.run else str(parent.folder)),
+            parent_step=parent.step if parent else None,
+        )
+        try:
+            trainer = _Composition(request, context, run, experiments, data, loader)
+            if continues:
+                for change in diff(operational_fields(before), operational_fields(config)):
+                    print_line(console, f"{change.key}: {change.old} before, {change.new} now")
+            outcome = trainer.train(checkpoint, None if parent is None else load(parent.folder), profile, resolved, env)
+        except BaseException as error:
+            experiments.finish(run.run_id, _status_after(error), str(error) or type(error).__name__)
+            if exit_code_of(error) is not ExitCode.BUG:
+                print_line(context.error_console, f"The run is in {run.path}; {_resume_hint(request, run)}")
+            raise
+        experiments.finish(run.run_id, "interrupted" if outcome.status == "interrupted" else "finished", outcome.status)
+    if outcome.status == "interrupted":
+        print_line(console, f"Stopped after step {outcome.step}, which is saved; {_resume_hint(request, run)}")
+        return 128 + (outcome.signal or 0)
+    trainer.summarise(outcome)
+    return ExitCode.OK
+
+
+class _Composition:
+    """The parts of one run, held together while it trains."""
+
+    def __init__(
+        self,
+        request: Request,
+        context: Context,
+        run: RunFolder,
+        experiments: Experiments,
+        data: RunData,
+        loader: Loader,
+    ) -> None:
+        self.request, self.context, self.run, self.experiments = request, context, run, experiments
+        self.config, self.data, self.loader = request.loaded.config, data, loader
+        self.sample: str | None = None
+
+    def train(
+        self,
+        checkpoint: TensorFolder | None,
+        start_from: TensorFolder | None,
+        profile: tuple[int, int] | None,
+        resolved: str,
+        env: Mapping[str, object],
+    ) -> Outcome:
+        """Runs the trainer; the run folder then tells of this process."""
+        identity = {**identity_fields(self.config), "data": self.loader.fingerprint}
+        if checkpoint is not None:
+            check_identity(checkpoint.document("identity"), identity)
+        self.run.rewrite(resolved, env)
+        labels = {
+            "tokenizer": {"name": self.config.data.tokenizer, "fingerprint": self.data.tokenizer.fingerprint},
+            "fingerprint": fingerprint(self.config, self.loader.fingerprint),
+        }
+        return train(
+            self.config,
+            run=self.run,
+            batches=self.loader,
+            identity=identity,
+            labels=labels,
+            reporter=make_reporter(self.context.console),
+            evaluate=None if self.data.val is None else self._evaluate,
+            evaluate_every=self.config.eval.every,
+            resume=checkpoint,
+            start_from=start_from if checkpoint is None else None,
+            at_end=self._draw_sample,
+            profile=profile,
+        )
+
+    def _evaluate(self, model: Transformer) -> dict[str, float]:
+        assert self.data.val is not None, "there is no evaluation without a validation set"
+        batches = validation_set(self.data.val, self.config.train.seq_len, self.config.train.micro_batch_size)
+        result = validate(model, batches, self.config.eval.max_batches)
+        self.experiments.update(self.run.run_id, val_loss=result.loss, val_bpb=result.bpb)
+        return result.tags()
+
+    def _draw_sample(self, model: Transformer) -> None:
+        tokenizer = self.data.tokenizer
+        prompt = [tokenizer.eos_id]  # the start of a document
+        ids = generate(
+            model,
+            prompt,
+            max_tokens=SAMPLE_TOKENS,
+            sampling=SAMPLE,
+            eos_id=tokenizer.eos_id,
+            n_ids=tokenizer.n_vocab,
+        )
+        self.sample = tokenizer.decode(list(ids))
+
+    def summarise(self, outcome: Outcome) -> None:
+        """Prints the curve, a sample, and where everything is."""
+        console, run = self.context.console, self.run
+        self.experiments.update(run.run_id, step=outcome.step, train_loss=outcome.loss)
+        points = _points(run)
+        width = min(console.width, 100) if is_live(console) else 80
+        curve = loss_curve(
+            points["train/loss"], points["val/loss"], width=width, unicode=not console.options.ascii_only
+        )
+        for line in curve.splitlines():
+            print_line(console, line)
+        if self.sample is not None:
+            print_line(console, "")
+            print_line(console, f"Sample (temperature {SAMPLE.temperature}, top-p {SAMPLE.top_p}):")
+            print_line(console, self.sample)
+            print_line(console, "")
+        rows = [("run", str(run.path)), ("checkpoint", str(newest_complete(run.checkpoints)))]
+        if outcome.loss is not None:
+            rows.append(("training loss", f"{outcome.loss:.4f} nats a token at step {outcome.step}"))
+        for tag, unit in (("val/loss", "nats a token"), ("val/bpb", "bits a byte, every validation byte scored once")):
+            if tag in outcome.evaluation:
+                rows.append((tag, f"{outcome.evaluation[tag]:.4f} {unit}"))
+        gzip = self.data.val.manifest.gzip_bits_per_byte if self.data.val else None
+        if gzip is not None:
+            rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the same validation text"))
+        print_summary(console, f"Run {run.run_id}: {outcome.status.replace('_', ' ')}", rows, self._next_steps())
+
+    def _next_steps(self) -> list[str]:
+        run_id, path = self.run.run_id, self.request.path
+        own = "n data prep FILES --output data/mine"
+        return [
+            f'n generate {run_id} --prompt "The import statement"',
+            f"n eval {run_id}",
+            f"n export {run_id} --output exported",
+            f"{own} && n train {path} --set data.path=data/mine",
+        ]
+
+
+def _points(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {"train/loss": [], "val/loss": []}
+    for row in read_metrics(run.metrics, tags=list(points)).to_pylist():
+        points[row["tag"]].append((row["step"], row["value"]))
+    return points
+
+
+def _continues(request: Request, run: RunFolder) -> bool:
+    exists = run.config.is_file()
+    if request.resume is True and not exists:
+        run.open()  # says which runs there are
+    if request.resume is False and exists:
+        raise UsageError(
+            f"run {run.run_id} exists, in {run.path}: leave out --no-resume to continue it, or give another --run-id"
+        )
+    if exists and request.start_from is not None:
+        raise UsageError(f"--from starts a new run, and {run.run_id} exists: give another --run-id, or none")
+    return exists
+
+
+def _newest(run: RunFolder) -> TensorFolder | None:
+    path = newest_complete(run.checkpoints)
+    return None if path is None else load(path)
+
+
+def _refuse_if_finished(run: RunFolder, checkpoint: TensorFolder | None, steps: int) -> None:
+    if checkpoint is not None and step_of(checkpoint.path) >= steps:
+        raise UsageError(
+            f"run {run.run_id} has its {steps} steps: add --set train.steps=… to go on, or leave out --run-id for a new "
+            "run"
+        )
+
+
+def _status_after(error: BaseException) -> EndStatus:
+    if isinstance(error, NonFiniteError):
+        return "diverged"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def _parse_profile(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UsageError(f"expected --profile START:STOP with 1 ≤ START ≤ STOP, found {text!r}")
+    return int(first), int(last)
+
+
+def _resume_hint(request: Request, run: RunFolder) -> str:
+    sets = [part for value in request.loaded.sets for part in ("--set", value)]
+    command = shlex.join(["n", "train", str(request.path), *sets, "--run-id", run.run_id])
+    return f"continue it with:\n  {command}"

@@ -1,0 +1,75 @@
+"""The files in configs/ do what their first lines say."""
+
+from pathlib import Path
+
+import pytest
+from nmoe.cli.config import load_config
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+ALL = sorted(CONFIGS.glob("*.toml"))
+
+
+def load(name):
+    return load_config(CONFIGS / f"{name}.toml", environ={}).config
+
+
+def test_there_are_the_four():
+    assert {path.stem for path in ALL} >= {"nano", "mini", "moonlet", "moonlight"}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_it_loads_says_its_command_and_schedules_its_own_length(path):
+    config = load_config(path, environ={}).config
+    head = path.read_text().split("\n\n")[0] + path.read_text().split("\n[")[0]
+    assert head.startswith(f"# {path.stem}: ")
+    assert "Needs " in head
+    assert f"n train configs/{path.name}" in head
+    schedule = config.schedule
+    planned = schedule.warmup_steps * config.tokens_per_step + schedule.hold_tokens + schedule.decay_tokens
+    assert planned == config.train.steps * config.tokens_per_step
+
+
+def test_nano_uses_every_part_of_the_model_on_a_cpu():
+    config = load("nano")
+    model = config.model
+    assert config.runtime.device == "cpu"
+    assert config.data.corpus == "pydoc"
+    assert model.attn == "mla"
+    assert {model.is_local(layer) for layer in range(model.n_layers)} == {True, False}
+    assert model.has_moe
+    assert model.n_shared_experts
+    assert model.n_dense_layers
+    assert model.mtp_depth
+
+
+def test_moonlet_and_moonlight_are_moonlight_16b_a3b_but_for_vocabulary_and_depth():
+    released = {
+        "dim": 2048,
+        "n_heads": 16,
+        "norm_eps": 1e-5,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "rope_theta": 50_000.0,
+        "inter_dim": 11_264,
+        "moe_inter_dim": 1408,
+        "n_routed_experts": 64,
+        "n_activated_experts": 6,
+        "n_shared_experts": 2,
+        "n_dense_layers": 1,
+        "route_scale": 2.446,
+        "vocab_size": 201_088,
+    }
+    for name, layers in (("moonlet", 12), ("moonlight", 27)):
+        model = load(name).model
+        assert {key: getattr(model, key) for key in released} == released
+        assert model.n_layers == layers
+
+
+def test_batches_and_gpus_are_as_the_first_lines_say():
+    moonlet, moonlight = load("moonlet"), load("moonlight")
+    assert (moonlet.train.batch_size, moonlet.train.seq_len, moonlet.runtime.world_size) == (8, 4096, 1)
+    assert (moonlight.train.batch_size, moonlight.runtime.world_size) == (64, 8)
+    assert moonlet.optim.lr_expert == moonlet.optim.lr_dense == moonlet.optim.lr_router == 3e-3
