@@ -237,8 +237,8 @@ def _newest(run: RunFolder) -> TensorFolder | None:
 def _refuse_if_finished(run: RunFolder, checkpoint: TensorFolder | None, steps: int) -> None:
     if checkpoint is not None and step_of(checkpoint.path) >= steps:
         raise UsageError(
-            f"run {run.run_id} has its {steps} steps: add --set train.steps=… to go on, or leave out --run-id for a new "
-            "run"
+            f"run {run.run_id} has its {steps} steps: add --set train.steps=… to go on, "
+            "or leave out --run-id for a new run"
         )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 Kind = Literal["adamw", "muon"]
 
-MUON_BATCH_ELEMENTS = 1 << 26
+MUON_BATCH_ELEMENTS = 1 << 20
 """Bound on a batch of several parameters' matrices; a larger parameter is a batch of its own."""
 
 MUON_RMS = 0.2
