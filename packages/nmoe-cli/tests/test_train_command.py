@@ -1,5 +1,6 @@
 """`n train` and what follows it, as a user would type it, on a model of some thousand parameters."""
 
+import base64
 import re
 import shutil
 
@@ -159,7 +160,7 @@ def test_a_damaged_shard_is_refused_by_name(n, small, prepared, damage):
     file = prepared / "train" / "shard_00000.npy"
     content = bytearray(file.read_bytes())
     if damage == "flip":
-        content[3] ^= 1  # in the header: sizes are checked at every start, contents by `n data verify --checksums`
+        content[-3] ^= 1  # in a token
         file.write_bytes(content)
     elif damage == "truncate":
         file.write_bytes(content[:-4])
@@ -256,3 +257,73 @@ def test_data_of_another_tokenizer_are_refused(n, small, prepared):
     outcome = n("train", small, "--set", f"data.path={prepared}", *FAST, "--set", "model.vocab_size=100")
     assert outcome.code == 3
     assert "257" in outcome.err
+
+
+def test_a_finished_run_that_saved_nothing_is_not_repeated_either(n, small, prepared):
+    common = ["train", small, "--set", f"data.path={prepared}", *FAST, "--set", "checkpoint.enabled=false"]
+    assert n(*common, "--run-id", "timing").code == 0
+    outcome = n(*common, "--run-id", "timing")
+    assert outcome.code == 2
+    assert "has its 4 steps" in outcome.err
+
+
+def test_a_refused_resume_leaves_the_record_alone(n, small, prepared, trained, data_root):
+    with Experiments(data_root / "experiments.db") as experiments:
+        before = experiments.get(trained)
+    config = (data_root / "runs" / trained / "config.toml").read_text()
+    outcome = n(
+        "train", small, "--set", f"data.path={prepared}", "--set", "train.steps=9", "--set", "optim.lr_dense=0.5",
+        "--run-id", trained,
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert "continue it with" not in outcome.err
+    with Experiments(data_root / "experiments.db") as experiments:
+        assert experiments.get(trained) == before
+    assert (data_root / "runs" / trained / "config.toml").read_text() == config
+
+
+def test_a_child_killed_before_its_first_checkpoint_still_starts_from_its_parent(
+    n, small, prepared, trained, data_root
+):
+    slow = ["--set", "optim.lr_dense=1e-9", "--set", "optim.lr_router=1e-9", "--set", "optim.lr_expert=1e-9"]
+    common = ["train", small, "--set", f"data.path={prepared}", *FAST, *slow, "--run-id", "child"]
+    assert n(*common, "--from", trained).code == 0
+    first = val_loss(data_root, "child")
+    shutil.rmtree(data_root / "runs" / "child" / "checkpoints")  # as a kill before the first save leaves it
+    with Experiments(data_root / "experiments.db") as experiments:
+        experiments.finish("child", "failed")
+    outcome = n(*common)
+    assert outcome.code == 0, outcome.err
+    assert val_loss(data_root, "child") == pytest.approx(first, rel=1e-4)
+
+
+def val_loss(data_root, run_id):
+    with Experiments(data_root / "experiments.db") as experiments:
+        return experiments.get(run_id).val_loss
+
+
+def test_from_tells_what_of_the_model_differs_and_makes_nothing_when_it_refuses(n, small, prepared, trained, data_root):
+    common = ["train", small, "--set", f"data.path={prepared}", *FAST, "--from", trained, "--run-id", "child"]
+    outcome = n(*common, "--set", "model.n_layers=1")
+    assert outcome.code == 3
+    assert "layers.1." in outcome.err
+    assert not (data_root / "runs" / "child").exists()
+    outcome = n(*common, "--set", "model.rope_theta=500.0")
+    assert outcome.code == 0, outcome.err
+    assert "model.rope_theta: 10000.0 in first, 500.0 here" in outcome.out
+
+
+def test_another_tokenizer_than_the_models_is_refused(n, small, corpus, tmp_path, trained):
+    ranks = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in reversed(range(256)))
+    (tmp_path / "other.tiktoken").write_text(ranks)
+    outcome = n("generate", trained, "--prompt", "x", "--tokenizer", str(tmp_path / "other.tiktoken"))
+    assert outcome.code == 2
+    assert "byte" in outcome.err
+
+
+def test_runs_follow_their_progress(n, trained, data_root):
+    with Experiments(data_root / "experiments.db") as experiments:
+        row = experiments.get(trained)
+    assert (row.step, row.status) == (4, "finished")
+    assert row.train_loss is not None
+    assert trained in n("runs").out

@@ -184,19 +184,36 @@ def test_a_kill_during_removal_leaves_nothing_that_looks_complete(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
 
 
-@pytest.mark.parametrize("at", ["save", "wait"])
-def test_a_failure_in_the_background_is_raised_at_the_next_call_once(tmp_path, monkeypatch, at):
+def test_a_failure_in_the_background_is_told_once_and_raised_by_wait(tmp_path, monkeypatch):
     checkpointer = save_all(tmp_path, [1])
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    checkpointer.save(2, state(2), {})
-    with pytest.raises(DiskSpaceError):
-        checkpointer.wait() if at == "wait" else checkpointer.save(3, state(3), {})
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    checkpointer.save(4, state(4), {})
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        checkpointer.save(2, state(2), {})
+        with pytest.raises(DiskSpaceError):
+            checkpointer.wait()
+    assert checkpointer.failure() is None, "wait has told it"
     checkpointer.wait()
-    assert steps_in(tmp_path) == [1, 4]
+    assert [step_of(path) for path in list_complete(tmp_path)] == [1]
+
+
+def test_a_save_after_a_failed_one_is_made_and_makes_it_good(tmp_path, monkeypatch):
+    checkpointer = save_all(tmp_path, [1])
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "bad block")))
+        checkpointer.save(2, state(2), {})
+        checkpointer._join()
+    checkpointer.save(3, state(3), {})
+    assert "bad block" in str(checkpointer.failure())
+    assert checkpointer.failure() is None, "told once"
+    checkpointer.wait()
+    assert step_of(newest_complete(tmp_path)) == 3
+
+
+def test_a_leftover_is_cleaned_though_its_writers_number_lives_again(tmp_path):
+    leftover = tmp_path / f".step_00000009.tmp-{os.getppid()}"
+    leftover.mkdir()
+    Checkpointer(tmp_path, keep=1)
+    assert not leftover.exists()
 
 
 class Usage(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nmoe.kernels.reference.master import join_master
 from nmoe.model.transformer import Transformer
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
 from nmoe.train.errors import IdentityMismatchError, NonFiniteError
@@ -219,6 +220,7 @@ def test_the_target_loss_ends_the_run(tmp_path, recorder):
         tmp_path, config=config, recorder=recorder, evaluate=lambda model: {"val/loss": next(losses)}, evaluate_every=2
     )
     assert (outcome.status, outcome.step) == ("target_reached", 4)
+    assert step_of(newest_complete(RunFolder(tmp_path, "run").checkpoints)) == 4
 
 
 def test_evaluation_moves_neither_loads_nor_biases(tmp_path):
@@ -305,3 +307,40 @@ def test_a_profile_holds_the_named_ranges(tmp_path):
     run, _ = run_training(tmp_path, profile=(2, 3))
     trace = (run.path / "profile" / "trace.json").read_text()
     assert all(f'"{name}"' in trace for name in ("forward", "backward", "update"))
+
+
+def test_an_evaluation_that_a_kill_forestalled_is_made_good_at_resume(tmp_path, recorder):
+    run, _ = run_training(tmp_path)  # as if killed between the last step's save and its evaluation
+    checkpoint = load(newest_complete(run.checkpoints))
+    measured = {"val/loss": 1.5}
+    _, outcome = run_training(tmp_path, recorder=recorder, resume=checkpoint, evaluate=lambda model: measured)
+    assert (outcome.status, outcome.evaluation) == ("finished", measured)
+    assert recorder.evaluations == [(6, measured)]
+    again = Recorder()
+    run_training(tmp_path, recorder=again, resume=checkpoint, evaluate=lambda model: measured)
+    assert again.evaluations == [], "what was measured is not measured again"
+
+
+def test_nothing_is_saved_where_that_is_asked_for(tmp_path):
+    run, outcome = run_training(tmp_path, config=tiny_config(checkpoint={"enabled": False, "every": 2}))
+    assert outcome.status == "finished"
+    assert not list_complete(run.checkpoints)
+
+
+@pytest.mark.parametrize(("old", "new"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_starting_from_weights_keeps_exact_masters_across_precisions(tmp_path, old, new):
+    parent, _ = run_training(tmp_path, "parent", config=tiny_config(runtime={"precision": old}))
+    source = load(newest_complete(parent.checkpoints))
+    frozen = {"lr_dense": 1e-30, "lr_router": 1e-30, "lr_expert": 1e-30}
+    config = tiny_config(runtime={"precision": new}, train={"steps": 1}, optim=frozen)
+    child, _ = run_training(tmp_path, "child", config=config, start_from=source)
+    result = load(newest_complete(child.checkpoints))
+    for name in ("embed.weight", "layers.1.ffn.experts.w13", "norm.weight"):
+        assert torch.equal(master(source, name), master(result, name)), name
+
+
+def master(folder, name):
+    weight, residual = f"model/{name}", f"optimizer/{name}/residual"
+    if residual in folder.names:
+        return join_master(folder.tensor(weight), folder.tensor(residual))
+    return folder.tensor(weight)

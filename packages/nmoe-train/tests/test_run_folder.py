@@ -41,7 +41,6 @@ def test_everything_is_under_the_run(tmp_path):
         "metrics",
         "checkpoints",
     ]
-    assert run.log.parent == run.path
     assert list(tmp_path.iterdir()) == []
 
 

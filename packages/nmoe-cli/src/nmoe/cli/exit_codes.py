@@ -28,6 +28,7 @@ _CODES = {
     "nmoe.eval.errors.EvalError": ExitCode.DATA,
     "nmoe.rdep.errors.RdepError": ExitCode.ENVIRONMENT,
     "nmoe.kernels.errors.KernelError": ExitCode.ENVIRONMENT,
+    "sqlite3.OperationalError": ExitCode.ENVIRONMENT,
     "torch.OutOfMemoryError": ExitCode.ENVIRONMENT,
 }
 

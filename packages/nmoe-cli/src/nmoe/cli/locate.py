@@ -34,14 +34,13 @@ def locate_model(name: str, data_root: Path) -> Located:
     """
     path = Path(name)
     if is_complete(path):
-        run = RunFolder(path.parents[3], path.parents[1].name) if _is_checkpoint(path) else None
-        return Located(path, run, step_of(path) if run else None)
-    run_id, _, step = name.partition("@")
-    if Path(run_id).is_dir() and Path(run_id).parent.name == "runs":
-        run = RunFolder(Path(run_id).parent.parent, Path(run_id).name)
-    elif path.exists() and len(path.parts) > 1:
-        raise UnknownModelError(f"{path}: expected a run's folder or a complete tensor folder, found neither")
-    else:
+        return _tensor_folder(path)
+    run_id, step = _split(name)
+    run = _run_at(Path(run_id))
+    if run is None and len(Path(run_id).parts) > 1:
+        found = "neither" if Path(run_id).exists() else "nothing there"
+        raise UnknownModelError(f"{run_id}: expected a run's folder or a complete tensor folder, found {found}")
+    if run is None:
         run = RunFolder(data_root, run_id)
     run.open()
     if not step:
@@ -62,5 +61,32 @@ def locate_model(name: str, data_root: Path) -> Located:
     return Located(steps[int(step)], run, int(step))
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.parent.name == "checkpoints" and path.parents[2].name == "runs"
+def _split(name: str) -> tuple[str, str]:
+    """`RUN@STEP` as its two parts; the step is empty if none is named."""
+    run_id, at, step = name.rpartition("@")
+    # The folders above a run may have an @ of their own.
+    return (run_id, step) if at and "/" not in step else (name, "")
+
+
+def _tensor_folder(path: Path) -> Located:
+    for spelled in _spellings(path):
+        if spelled.parent.name == "checkpoints":
+            run = _run_at(spelled.parent.parent)
+            if run is not None and spelled in (
+                run.checkpoints / found.name for found in list_complete(run.checkpoints)
+            ):
+                return Located(path, run, step_of(spelled))
+    return Located(path, None, None)
+
+
+def _run_at(path: Path) -> RunFolder | None:
+    for spelled in _spellings(path):
+        if spelled.parent.name == "runs" and (spelled / "config.toml").is_file():
+            return RunFolder(spelled.parent.parent, spelled.name)
+    return None
+
+
+def _spellings(path: Path) -> tuple[Path, Path, Path]:
+    """A path as given, so that what is printed is what was typed; from the root, as `.` says nothing of where it is;
+    and without symbolic links, as one may lead to a run."""
+    return path, path.absolute(), path.resolve()

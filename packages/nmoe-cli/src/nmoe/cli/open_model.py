@@ -7,7 +7,8 @@ from nmoe.cli.config import RunConfig, load_config
 from nmoe.cli.context import Context
 from nmoe.cli.errors import EnvironmentNotReadyError
 from nmoe.cli.locate import Located, locate_model
-from nmoe.kernels.ops import select_ops
+from nmoe.kernels.errors import UnsupportedArchError
+from nmoe.kernels.ops import Tier, select_ops
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.transformer import Transformer
 from nmoe.model.weights import read_model
@@ -27,9 +28,11 @@ class OpenModel:
     located: Located
     config: RunConfig | None
     """Of the run; None for an imported model."""
+    as_trained: bool
+    """Whether device, precision and kernels are those that the run was trained with."""
 
 
-def open_model(name: str, context: Context, device: Device | None) -> OpenModel:
+def open_model(name: str, context: Context, device: Device | None, kernels: Tier | None = None) -> OpenModel:
     """Loads the model that `name` stands for (see `locate_model`).
 
     Args:
@@ -37,9 +40,10 @@ def open_model(name: str, context: Context, device: Device | None) -> OpenModel:
         context: the process.
         device: where to run; None: where the run was trained, or the CPU for an imported model. On the CPU a model runs
             in fp32 with reference kernels; on a GPU as its run was configured, or in bf16 with native kernels.
+        kernels: takes the place of the kernels that follow from `device`. Native ones compute in bf16.
 
     Raises:
-        EnvironmentNotReadyError: the run was trained on a GPU and none is here.
+        EnvironmentNotReadyError: the run was trained on a GPU and none is here, or the device has no such kernels.
     """
     import torch
 
@@ -53,9 +57,15 @@ def open_model(name: str, context: Context, device: Device | None) -> OpenModel:
             "expected a CUDA GPU, found none: add --device cpu to compute in fp32 on the CPU"
         )
     runtime = config.runtime if config and config.runtime.device == chosen else None
-    kernels = runtime.kernels if runtime else ("native" if chosen == "cuda" else "reference")
+    tier = kernels or (runtime.kernels if runtime else ("native" if chosen == "cuda" else "reference"))
     precision = runtime.precision if runtime else ("bf16" if chosen == "cuda" else "fp32")
+    if tier == "native":
+        precision = "bf16"
+    as_trained = runtime is not None and runtime.kernels == tier
+    try:
+        ops = select_ops(tier, chosen)
+    except UnsupportedArchError as error:
+        raise EnvironmentNotReadyError(f"{error}; for this command, add --kernels reference") from error
     folder = load(located.folder)
-    ops = select_ops(kernels, chosen)
     model = read_model(folder, ops, LocalTransport(), device=chosen, dtype=DTYPES[precision])
-    return OpenModel(model, folder, located, config)
+    return OpenModel(model, folder, located, config, as_trained)

@@ -1,18 +1,24 @@
 """Opens what a configuration's `[data]` section names: tokenizer, shard sets, batches, validation set."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from nmoe.cli.console import print_line
 from nmoe.cli.errors import UsageError
+from nmoe.cli.units import format_bytes
 from nmoe.data.corpus import corpus_description, prepare_corpus
 from nmoe.data.guards import check_tokenizer, check_vocabulary
 from nmoe.data.loader import validation_batches
+from nmoe.data.manifest import read_manifest
 from nmoe.data.schema import DataConfig
 from nmoe.data.shards import ShardSet
 from nmoe.data.tokenizers import Tokenizer, load_tokenizer
 from nmoe.eval.validation import ValidationSet
 from rich.console import Console
+
+CHECKSUM_LIMIT = 1 << 30
+"""Bytes of a shard set up to which every start checks each of them: a second or two of SHA-256."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,14 @@ class RunData:
 def open_run_data(data: DataConfig, vocab_size: int, data_root: Path, console: Console) -> RunData:
     """Opens the data of a run; a built-in corpus is prepared on first use, and that is said.
 
+    Sets of up to `CHECKSUM_LIMIT` bytes are compared with their checksums; of a larger one only the files' sizes are,
+    and that is said too.
+
     Args:
         data: the `[data]` section.
         vocab_size: ids that the model knows.
         data_root: where built-in corpora are kept.
-        console: where to say what is prepared.
+        console: where to say what is prepared, and what is not checked.
 
     Raises:
         UsageError: the section names no data.
@@ -40,7 +49,7 @@ def open_run_data(data: DataConfig, vocab_size: int, data_root: Path, console: C
     """
     tokenizer = load_tokenizer(data.tokenizer)
     train, val = _folders(data, tokenizer, data_root, console)
-    sets = [None if folder is None else ShardSet.open(folder) for folder in (train, val)]
+    sets = [None if folder is None else _open(folder, console) for folder in (train, val)]
     for shards in sets:
         if shards is not None:
             check_tokenizer(shards, tokenizer)
@@ -52,6 +61,20 @@ def open_run_data(data: DataConfig, vocab_size: int, data_root: Path, console: C
 def validation_set(shards: ShardSet, seq_len: int, batch: int) -> ValidationSet:
     """A shard set as the evaluator takes it, in batches of `batch` sequences of `seq_len` tokens."""
     return ValidationSet(lambda: validation_batches(shards, seq_len, batch), shards.n_tokens, shards.n_bytes)
+
+
+def _open(folder: Path, console: Console) -> ShardSet:
+    shards = read_manifest(folder).shards
+    size = sum(record.bytes for shard in shards for record in (shard.tokens, shard.index))
+    if size <= CHECKSUM_LIMIT:
+        return ShardSet.open(folder, verify="checksums")
+    found = ShardSet.open(folder, verify="size")
+    print_line(
+        console,
+        f"{folder} is large ({format_bytes(size)}): only the sizes of its files were checked; "
+        f"n data verify {shlex.quote(str(folder))} checks every byte.",
+    )
+    return found
 
 
 def _folders(data: DataConfig, tokenizer: Tokenizer, data_root: Path, console: Console) -> tuple[Path, Path | None]:

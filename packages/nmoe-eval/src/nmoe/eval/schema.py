@@ -13,6 +13,6 @@ class EvalConfig(BaseModel):
     every: PositiveInt | None = None
     """Steps between evaluations; absent: only after the last step."""
     tasks: tuple[Literal["validation"], ...] = ("validation",)
-    """`validation`: loss and bits per byte, every validation byte scored once."""
-    max_batches: PositiveInt | None = None
-    """Bound on validation batches, for large sets; absent: all of them."""
+    """`validation`: loss and bits per byte, every validation byte scored once. Empty: nothing is measured."""
+    max_sequences: PositiveInt | None = None
+    """Only the first so many sequences of the validation set, where it is large; absent: all of it."""

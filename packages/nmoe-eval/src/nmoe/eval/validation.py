@@ -6,7 +6,6 @@ Shapes: B batch, S sequence.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -45,23 +44,29 @@ class ValidationResult:
 
 
 @torch.no_grad()
-def validate(model: Transformer, data: ValidationSet, max_batches: int | None = None) -> ValidationResult:
-    """Scores the set, or its first `max_batches` batches (their share of the bytes is then taken by tokens).
+def validate(model: Transformer, data: ValidationSet, max_sequences: int | None = None) -> ValidationResult:
+    """Scores the set, or its first `max_sequences` sequences (their share of the bytes is then taken by tokens).
 
     Args:
         model: its training mode is left as it was; put it in evaluation mode first.
         data: what to score.
-        max_batches: bound for large sets.
+        max_sequences: bound for large sets; what is scored does not depend on the batch.
 
     Raises:
         EmptyValidationError: there is nothing to score.
     """
     device = model.head.weight.device
     total, scored = torch.zeros((), dtype=torch.float64), 0
-    for inputs_BS, targets_BS in islice(data.batches(), max_batches):
+    left = max_sequences
+    for inputs_BS, targets_BS in data.batches():
+        if left is not None:
+            inputs_BS, targets_BS = inputs_BS[:left], targets_BS[:left]  # noqa: PLW2901 - the rest of the batch is not scored
+            left -= len(inputs_BS)
         nll = model.score(torch.from_numpy(inputs_BS).to(device), torch.from_numpy(targets_BS).to(device))
         total += nll.double().cpu()
         scored += int((targets_BS != IGNORE).sum())
+        if left == 0:
+            break
     if scored == 0:
         raise EmptyValidationError("expected a validation set with at least one token, found none: prepare one anew")
     n_bytes = data.n_bytes * scored / data.n_tokens

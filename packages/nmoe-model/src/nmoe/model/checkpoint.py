@@ -104,7 +104,7 @@ def leftover_path(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
 
 
-def clean_leftovers(folder: Path, name: str | None = None) -> None:
+def clean_leftovers(folder: Path, name: str | None = None, *, writers_are_dead: bool = False) -> None:
     """Removes what killed writers left in `folder` under temporary names.
 
     A folder that was moved aside by a writer killed just before it put the new one in place is moved back.
@@ -112,10 +112,14 @@ def clean_leftovers(folder: Path, name: str | None = None) -> None:
     Args:
         folder: The parent of tensor folders; it may be missing.
         name: The tensor folder whose leftovers to remove; absent: all.
+        writers_are_dead: The caller knows that nobody else writes here. Else a leftover is spared while a process of
+            its writer's number lives, which may be another one by now.
     """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         match = _LEFTOVER.fullmatch(entry.name)
-        if match is None or not entry.is_dir() or name not in (None, match["name"]) or _is_alive(int(match["pid"])):
+        if match is None or not entry.is_dir() or name not in (None, match["name"]):
+            continue
+        if not writers_are_dead and _is_alive(int(match["pid"])):
             continue
         place = folder / match["name"]
         if match["kind"] == "old" and not os.path.lexists(place):
@@ -164,6 +168,11 @@ class TensorFolder:
     def names(self) -> tuple[str, ...]:
         """The tensors' names, sorted."""
         return tuple(sorted(self._tensors))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors' shapes by name, as the manifest has them."""
+        return {name: tuple(entry["shape"]) for name, entry in self._tensors.items()}
 
     @property
     def document_names(self) -> tuple[str, ...]:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from nmoe.kernels.ops import Ops
+from nmoe.kernels.ops import Ops, select_ops
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.errors import WeightsMismatchError
 from nmoe.model.schema import ModelConfig
 from nmoe.model.transformer import Transformer
-from nmoe.rdep.transport import Transport
+from nmoe.rdep.transport import LocalTransport, Transport
 
 PREFIX = "model/"
 """Of the model's tensors among a folder's."""
@@ -50,22 +50,33 @@ def read_model(
     return model.eval()
 
 
+def shape_problems(folder: TensorFolder, config: ModelConfig) -> list[str]:
+    """Why the folder's weights are not those of a model of this configuration; empty where they are."""
+    with torch.device("meta"):
+        targets = Transformer(config, select_ops("reference", "cpu"), LocalTransport()).state()
+    return _problems(folder, PREFIX, targets)
+
+
 @torch.no_grad()
 def copy_weights(folder: TensorFolder, prefix: str, targets: Mapping[str, torch.Tensor]) -> None:
     """Fills `targets` with the folder's tensors `prefix + name`, converting dtypes.
 
     Raises:
-        WeightsMismatchError: one is missing or has another shape. Targets before it may have been filled.
+        WeightsMismatchError: one is missing, has another shape, or is one too many. No target has been filled then.
     """
-    names, problems = set(folder.names), []
-    for name, target in targets.items():
-        if prefix + name not in names:
-            problems.append(f"no tensor {name}")
-            continue
-        saved = folder.tensor(prefix + name)
-        if saved.shape != target.shape:
-            problems.append(f"{name} of shape {tuple(saved.shape)}, expected {tuple(target.shape)}")
-            continue
-        target.copy_(saved)
+    problems = _problems(folder, prefix, targets)
     if problems:
         raise WeightsMismatchError(folder.path, problems)
+    for name, target in targets.items():
+        target.copy_(folder.tensor(prefix + name))
+
+
+def _problems(folder: TensorFolder, prefix: str, targets: Mapping[str, torch.Tensor]) -> list[str]:
+    saved = {name.removeprefix(prefix): shape for name, shape in folder.shapes.items() if name.startswith(prefix)}
+    problems = []
+    for name, target in targets.items():
+        if name not in saved:
+            problems.append(f"no tensor {name}")
+        elif saved[name] != tuple(target.shape):
+            problems.append(f"{name} of shape {saved[name]}, expected {tuple(target.shape)}")
+    return problems + [f"a tensor {name} that this model lacks" for name in sorted(saved.keys() - targets.keys())]

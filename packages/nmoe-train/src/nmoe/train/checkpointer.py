@@ -48,8 +48,9 @@ class Checkpointer:
         self._keep_every = keep_every
         self._snapshot: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
-        clean_leftovers(folder)
+        self._failure: Exception | None = None  # of the last write
+        self._untold: Exception | None = None  # not yet asked for
+        clean_leftovers(folder, writers_are_dead=True)  # the run's lock keeps others out
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or would be."""
@@ -60,7 +61,8 @@ class Checkpointer:
 
         On return tensors and documents may change again. The copy's memory is kept for the next save: one host copy of
         the state, no more. An earlier write is waited for first. A checkpoint of the same step is replaced, once the
-        new one is whole. When the write is done, old checkpoints are removed.
+        new one is whole. When the write is done, old checkpoints are removed. If an earlier write failed, this one is
+        made all the same, and makes that good; `failure` tells it.
 
         Args:
             step: Steps that the state has seen.
@@ -68,11 +70,10 @@ class Checkpointer:
             documents: JSON values, see `nmoe.model.checkpoint.write_folder`.
 
         Raises:
-            CheckpointWriteError: the write of an earlier save failed.
-            nmoe.model.errors.CheckpointError: the disk has no room, now or in the write of an earlier save, or the
-                format cannot hold an entry.
+            nmoe.model.errors.CheckpointError: the disk has no room now, or the format cannot hold an entry.
         """
-        self.wait()
+        self._join()
+        self._failure = None
         path = self.path(step)
         check_space(path, tensors, documents)
         self._snapshot = {name: self._to_host(name, tensor) for name, tensor in tensors.items()}
@@ -89,12 +90,20 @@ class Checkpointer:
             CheckpointWriteError: the last write failed.
             nmoe.model.errors.CheckpointError: it failed for the disk's room.
         """
+        self._join()
+        failure, self._failure, self._untold = self._failure, None, None
+        if failure is not None:
+            raise failure
+
+    def failure(self) -> Exception | None:
+        """Why a write that has ended failed, told once; None if none did. Waits for nothing."""
+        told, self._untold = self._untold, None
+        return told
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
     def drop_after(self, step: int) -> None:
         """Removes all checkpoints of later steps, complete or not: a run that goes on from `step` will write others."""
@@ -114,10 +123,11 @@ class Checkpointer:
             write_folder(path, tensors, documents, replace=True)
             self._prune()
         except CheckpointError as error:
-            self._failure = error
+            self._failure = self._untold = error
         except Exception as error:
-            self._failure = CheckpointWriteError(path, error)
-            self._failure.__cause__ = error
+            failure = CheckpointWriteError(path, error)
+            failure.__cause__ = error
+            self._failure = self._untold = failure
 
     def _prune(self) -> None:
         complete = list_complete(self.folder)

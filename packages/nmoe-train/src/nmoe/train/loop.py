@@ -1,7 +1,8 @@
 """The training loop. It reads from top to bottom: build, restore, step, record, save, evaluate, end."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,24 +19,27 @@ from nmoe.train.checkpointer import Checkpointer
 from nmoe.train.errors import NonFiniteError
 from nmoe.train.gradients import Gradients, clip_factor
 from nmoe.train.health import router_health
-from nmoe.train.metrics import MetricsWriter
+from nmoe.train.metrics import MetricsWriter, read_metrics
 from nmoe.train.optim import Optimizer
 from nmoe.train.profile import StepProfiler
 from nmoe.train.protocols import BatchSource, Evaluate, Reporter, RunStart, StepReport
 from nmoe.train.run_folder import RunFolder
 from nmoe.train.schedule import lr_factor
-from nmoe.train.schema import TrainingConfig
+from nmoe.train.schema import TrainConfig, TrainingConfig
 from nmoe.train.signals import StopSignal
 from nmoe.train.state import TrainState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+Status = Literal["finished", "target_reached", "interrupted"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
 
-    status: Literal["finished", "target_reached", "interrupted"]
+    status: Status
     step: int
     loss: float | None
     """The last recorded training loss, nats a token; None if no step was made."""
@@ -113,21 +117,24 @@ def train(
     metrics.drop_after(state.step)
     checkpointer = Checkpointer(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
     checkpointer.drop_after(state.step)
+    profiler = StepProfiler(profile, run.path / "profile", device, first_step=state.step + 1)
     clock = _Clock(config, device, state.step)
-    reporter.start(
-        RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, _describe(config, device))
-    )
-
     loss_value: float | None = None
     evaluation: Mapping[str, float] = {}
-    reached, saved_at = False, state.step if resume is not None else None
-    profiler = StepProfiler(profile, run.path / "profile", device)
-    try:
-        with StopSignal() as stop, profiler:
-            while state.step < settings.steps and not reached and stop.received is None:
-                # ---- one step: gradients over the micro-batches, then one update -----------------------------------
+    saved_at = state.step if resume is not None else None
+
+    def evaluates_at(step: int) -> bool:
+        return evaluate is not None and (step == settings.steps or _is_due(step, evaluate_every))
+
+    with _finishing(checkpointer), closing(reporter), closing(metrics), StopSignal() as stop:
+        description = _describe(config, device)
+        reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
+        if evaluate is not None and resume is not None and evaluates_at(state.step) and not _was_evaluated(run, state):
+            evaluation = _evaluate(model, evaluate, state.step, metrics, reporter)  # a kill had come between
+        with profiler:
+            while state.step < settings.steps and not _reached(settings, evaluation) and stop.received is None:
+                # ---- one step: gradients over the micro-batches, then one update -------------------------------------
                 step = state.step + 1
-                clock.start()
                 gradients.zero()
                 losses = []
                 with profiler.range("batch"):
@@ -151,10 +158,10 @@ def train(
                         router.update_bias()
                 state.step, state.cursor = step, state.cursor + settings.batch_size
                 loss_value = sum(figures[0:-1:2])
-                clock.stop()
+                clock.lap()
                 profiler.step(step)
 
-                # ---- record ----------------------------------------------------------------------------------------
+                # ---- record ------------------------------------------------------------------------------------------
                 if step % config.metrics.every == 0 or step == settings.steps:
                     worst = [value for tag, value in health.items() if tag.endswith("max_over_mean")]
                     report = StepReport(
@@ -168,34 +175,59 @@ def train(
                     )
                     metrics.write(step, {**_tags(report), "train/total_loss": sum(figures[1:-1:2]), **health})
                     reporter.step(report)
+                if (failure := checkpointer.failure()) is not None:
+                    reporter.message(f"step {step}: an earlier checkpoint could not be written: {failure}")
 
-                # ---- save, then evaluate: an evaluation never costs a step ------------------------------------------
-                last, saving = step == settings.steps, config.checkpoint
-                evaluating = evaluate is not None and (last or _is_due(step, evaluate_every))
-                if saving.last if last else saving.every and (evaluating or step % saving.every == 0):
+                # ---- save, then evaluate: an evaluation never costs a step -------------------------------------------
+                due = step == settings.steps or evaluates_at(step) or _is_due(step, config.checkpoint.every)
+                if config.checkpoint.enabled and due:
                     checkpointer.save(step, state.tensors(), state.documents())
                     saved_at = step
                     reporter.checkpoint(step, checkpointer.path(step))
-                if evaluate is not None and evaluating:
-                    evaluation = _evaluate(model, evaluate, step, metrics, reporter) or evaluation
-                    reached = settings.target_loss is not None and evaluation.get("val/loss", float("inf")) <= (
-                        settings.target_loss
-                    )
+                if evaluate is not None and evaluates_at(step):
+                    evaluation = _evaluate(model, evaluate, step, metrics, reporter)
+                if due:
+                    clock.skip()
 
-            # ---- end -------------------------------------------------------------------------------------------------
-            if stop.received is not None and saved_at != state.step and state.step > 0:
-                checkpointer.save(state.step, state.tensors(), state.documents())
-                reporter.checkpoint(state.step, checkpointer.path(state.step))
+        # ---- end -----------------------------------------------------------------------------------------------------
+        if config.checkpoint.enabled and saved_at != state.step and state.step > 0:
+            checkpointer.save(state.step, state.tensors(), state.documents())
+            reporter.checkpoint(state.step, checkpointer.path(state.step))
         checkpointer.wait()
-        if at_end is not None and stop.received is None:
+        if stop.received is not None and state.step < settings.steps and not _reached(settings, evaluation):
+            return Outcome("interrupted", state.step, loss_value, evaluation, int(stop.received))
+        if profile is not None:
+            recorded = profiler.recorded
+            reporter.message(
+                "None of the steps to profile was made"
+                if recorded is None
+                else f"The trace of steps {recorded[0]} to {recorded[1]} is {profiler.path}"
+            )
+        if at_end is not None:
             model.eval()
             at_end(model)
-    finally:
-        metrics.close()
-        reporter.close()
-    if stop.received is not None and state.step < settings.steps and not reached:
-        return Outcome("interrupted", state.step, loss_value, evaluation, int(stop.received))
-    return Outcome("target_reached" if reached else "finished", state.step, loss_value, evaluation)
+    status: Status = "target_reached" if _reached(settings, evaluation) else "finished"
+    return Outcome(status, state.step, loss_value, evaluation)
+
+
+@contextmanager
+def _finishing(checkpointer: Checkpointer) -> Iterator[None]:
+    """However the block ends, nothing is being written after it: the run's lock must outlive the write."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # the error that ended the block is the one to tell
+            checkpointer.wait()
+        raise
+
+
+def _reached(settings: TrainConfig, evaluation: Mapping[str, float]) -> bool:
+    return settings.target_loss is not None and evaluation.get("val/loss", float("inf")) <= settings.target_loss
+
+
+def _was_evaluated(run: RunFolder, state: TrainState) -> bool:
+    rows = read_metrics(run.metrics, tags=["val/loss"])
+    return state.step in rows.column("step").to_pylist()
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -221,14 +253,14 @@ def _refuse_non_finite(
 
 def _evaluate(
     model: Transformer, evaluate: Evaluate, step: int, metrics: MetricsWriter, reporter: Reporter
-) -> Mapping[str, float] | None:
+) -> Mapping[str, float]:
     model.eval()
     try:
         with torch.no_grad():
             values = evaluate(model)
     except Exception as error:  # whatever failed, the run's own work is worth more than a measurement
         reporter.message(f"step {step}: the evaluation failed and training goes on: {type(error).__name__}: {error}")
-        return None
+        return {}
     finally:
         model.train()
     metrics.write(step, values)
@@ -261,17 +293,20 @@ class _Clock:
         self.device, self.tokens = device, config.tokens_per_step
         self.flops = flops_per_token(config.model, config.train.seq_len) * self.tokens
         self.peak = _peak_flops(device) * config.runtime.world_size if config.runtime.precision == "bf16" else 0.0
-        self.begun, self.first_step = time.perf_counter(), first_step
-        self.step_begun = self.seconds = self.total = 0.0
+        self.begun = self.mark = time.perf_counter()
+        self.first_step, self.seconds, self.total = first_step, 0.0, 0.0
 
-    def start(self) -> None:
-        self.step_begun = time.perf_counter()
-
-    def stop(self) -> None:
+    def lap(self) -> None:
+        """A step has ended; it began with the lap before, or with the last `skip`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds = time.perf_counter() - self.step_begun
+        now = time.perf_counter()
+        self.seconds, self.mark = now - self.mark, now
         self.total += self.seconds
+
+    def skip(self) -> None:
+        """What was done since the last lap, checkpoints and evaluations, belongs to no step."""
+        self.mark = time.perf_counter()
 
     def figures(self, step: int, steps: int) -> dict[str, Any]:
         """The fields of a `StepReport` that are about time and room."""

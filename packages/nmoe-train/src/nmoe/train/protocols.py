@@ -16,16 +16,6 @@ Evaluate = Callable[["Transformer"], Mapping[str, float]]
 class BatchSource(Protocol):
     """Samples in one global order that depends neither on ranks nor on micro-batches."""
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies the tokens: the SHA-256 of their manifest."""
-        ...
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples before the order is drawn anew."""
-        ...
-
     def batch(self, cursor: int, count: int) -> "np.ndarray":
         """Global samples `cursor` to `cursor + count - 1` as int64 (count, S + 1)."""
         ...

@@ -4,7 +4,6 @@
 <root>/runs/<run_id>/env.json        what produced the run, see `nmoe.train.environment`
 <root>/runs/<run_id>/metrics/        see `nmoe.train.metrics`
 <root>/runs/<run_id>/checkpoints/    see `nmoe.train.checkpointer`
-<root>/runs/<run_id>/log.txt         what the console showed
 <root>/runs/<run_id>/lock            locked while a process writes the run; its text names the holder
 """
 
@@ -56,7 +55,6 @@ class RunFolder:
         self.env = self.path / "env.json"
         self.metrics = self.path / "metrics"
         self.checkpoints = self.path / "checkpoints"
-        self.log = self.path / "log.txt"
 
     def create(self, config_toml: str, env: Mapping[str, Any]) -> None:
         """Makes the folder of a new run, with its configuration and environment, all or nothing.

@@ -81,12 +81,12 @@ class ScheduleConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the run's state goes to disk. A run that a signal stops is always saved."""
+    """When the run's state goes to disk: besides `every`, the last step, before each evaluation, and on a signal."""
 
+    enabled: bool = True
+    """False saves nothing at all: for timing runs."""
     every: PositiveInt | None = None
-    """Steps between checkpoints; absent: only the last step. With it, a step that is evaluated is saved first."""
-    last: bool = True
-    """Whether the last step is saved, wherever `every` falls; false for timing runs that keep nothing."""
+    """Steps between checkpoints; absent: only where the run saves anyway."""
     keep: PositiveInt = 2
     """The newest so many stay."""
     keep_every: PositiveInt | None = None
@@ -143,6 +143,10 @@ class TrainingConfig(Section):
             problems.append(f"model.n_routed_experts = {self.model.n_routed_experts} do not divide among {ranks} ranks")
         if ranks > 1 and self.rdep.transport == "local":
             problems.append(f"rdep.transport = 'local' serves one rank, runtime.world_size is {ranks}: use 'ipc'")
+        if self.runtime.kernels == "native" and self.runtime.precision != "bf16":
+            problems.append(
+                "runtime.kernels = 'native' computes in bf16: runtime.precision = 'bf16', or kernels 'reference'"
+            )
         if self.runtime.device == "cpu" and self.runtime.kernels == "native":
             problems.append("runtime.device = 'cpu' has reference kernels only: runtime.kernels = 'reference'")
         if problems:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from nmoe.kernels.reference.master import join_master, split_master
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.transformer import Transformer
 from nmoe.model.weights import DOCUMENT, PREFIX, config_document, copy_weights
@@ -63,16 +64,27 @@ class TrainState:
         self.step, self.cursor = progress["step"], progress["cursor"]
 
     def start_from(self, folder: TensorFolder) -> None:
-        """Takes another run's weights (and nothing else) as the start. bf16 weights keep their exact masters if the
-        other run had them.
+        """Takes another run's weights (and nothing else) as the start. Masters stay exact whatever the precisions: from
+        bf16 with residuals to fp32 and back.
 
         Raises:
             WeightsMismatchError: the weights are not of this model's shape.
         """
         copy_weights(folder, PREFIX, self.model.state())
-        for name, residual in self.optimizer.state.items():
-            if name.endswith("/residual") and OPTIMIZER + name in folder.names:
-                residual.copy_(folder.tensor(OPTIMIZER + name))
+        saved_names = set(folder.names)
+        for name, parameter in self.optimizer.parameters.items():
+            residual = self.optimizer.state.get(f"{name}/residual")
+            saved_residual = f"{OPTIMIZER}{name}/residual"
+            if saved_residual in saved_names:
+                master = join_master(folder.tensor(PREFIX + name), folder.tensor(saved_residual))
+            else:
+                master = folder.tensor(PREFIX + name).float()
+            if residual is None:
+                parameter.data.copy_(master)
+            else:
+                weight, rest = split_master(master)
+                parameter.data.copy_(weight)
+                residual.copy_(rest)
 
     @property
     def _device(self) -> torch.device:

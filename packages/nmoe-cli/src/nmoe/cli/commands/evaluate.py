@@ -1,10 +1,15 @@
 """`n eval`: measures a checkpoint."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from nmoe.cli.context import Injected
+from nmoe.cli.context import Context, Injected
+
+if TYPE_CHECKING:
+    from nmoe.cli.open_model import OpenModel
+    from nmoe.cli.run_data import RunData
+    from nmoe.eval.validation import ValidationResult
 
 
 def evaluate(
@@ -18,25 +23,34 @@ def evaluate(
     seq_len: Annotated[int | None, Parameter(help="Tokens a window; the run's own if left out.")] = None,
     batch_size: Annotated[int, Parameter(help="Windows at once.")] = 8,
     device: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="The run's own if left out.")] = None,
+    kernels: Annotated[
+        Literal["native", "reference"] | None,
+        Parameter(
+            help="As runtime.kernels of a configuration: reference runs on every device. Left out: the run's own, or "
+            "native on a GPU and reference on the CPU."
+        ),
+    ] = None,
     context: Injected,
 ) -> None:
-    """Measure validation loss and bits per byte, every validation token scored once."""
+    """Measure validation loss and bits per byte, every validation token scored once.
+
+    `n runs` shows the result if it is the run's own: of its newest checkpoint, on its data, as it was trained.
+    """
     from nmoe.cli.console import print_summary
     from nmoe.cli.errors import UsageError
     from nmoe.cli.open_model import open_model
     from nmoe.cli.run_data import open_run_data, validation_set
-    from nmoe.cli.tokenizer_name import tokenizer_name
+    from nmoe.cli.tokenizer_name import check_same_tokenizer, model_tokenizer
     from nmoe.data.schema import DataConfig
     from nmoe.eval.validation import validate
-    from nmoe.train.experiments import Experiments
 
-    opened = open_model(run, context, device)
+    opened = open_model(run, context, device, kernels)
     config = opened.config
     if data is not None:
+        model_tokenizer(opened.folder, tokenizer)  # refuses to go without one
+        name = tokenizer if tokenizer is not None else opened.folder.document("tokenizer")["name"]
         nested = (data / "val").is_dir()
-        section = DataConfig(
-            tokenizer=tokenizer_name(opened.folder, tokenizer), path=data, val_path=None if nested else data
-        )
+        section = DataConfig(tokenizer=name, path=data, val_path=None if nested else data)
     elif config is not None:
         section = config.data
     else:
@@ -45,15 +59,12 @@ def evaluate(
     if length is None:
         raise UsageError(f"{run} is no run and names no sequence length: add --seq-len")
     tokens = open_run_data(section, opened.model.config.vocab_size, context.data_root, context.console)
+    check_same_tokenizer(opened.folder, tokens.tokenizer)
     if tokens.val is None:
         raise UsageError("the run's data has no validation set: add --data DIR")
     result = validate(opened.model, validation_set(tokens.val, length, batch_size))
-    located = opened.located
-    if located.run is not None and data is None and seq_len is None:
-        with Experiments(context.data_root / "experiments.db") as experiments:
-            experiments.update(located.run.run_id, val_loss=result.loss, val_bpb=result.bpb)
     rows = [
-        ("model", str(located.folder)),
+        ("model", str(opened.located.folder)),
         ("data", f"{tokens.val.path}, {result.n_tokens:,} tokens in windows of {length}"),
         ("val/loss", f"{result.loss:.4f} nats a token"),
         ("val/bpb", f"{result.bpb:.4f} bits a byte"),
@@ -62,3 +73,33 @@ def evaluate(
     if gzip is not None:
         rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the same text"))
     print_summary(context.console, f"Evaluation of {run}", rows)
+    if data is None and seq_len in (None, config.train.seq_len if config else None):
+        _record(opened, tokens, result, context)
+
+
+def _record(opened: "OpenModel", tokens: "RunData", result: "ValidationResult", context: Context) -> None:
+    """Puts the result in the database, if it is what the run itself would measure of its last state."""
+    import sqlite3
+
+    from nmoe.cli.console import print_line
+    from nmoe.train.checkpointer import newest_complete
+    from nmoe.train.errors import TrainError
+    from nmoe.train.experiments import Experiments
+    from nmoe.train.run_folder import RunFolder
+
+    run, config = opened.located.run, opened.config
+    if run is None or config is None or not opened.as_trained or config.eval.max_sequences is not None:
+        return
+    if run.path.resolve() != RunFolder(context.data_root, run.run_id).path.resolve():
+        return
+    newest = newest_complete(run.checkpoints)
+    if newest is None or newest.resolve() != opened.located.folder.resolve():
+        return
+    if opened.folder.document("identity").get("data") != tokens.train.fingerprint:
+        return  # what stands at the data's path is not what the run was trained on
+    try:
+        with Experiments(context.data_root / "experiments.db") as experiments:
+            experiments.get(run.run_id)  # makes no database where there is none
+            experiments.update(run.run_id, val_loss=result.loss, val_bpb=result.bpb)
+    except (TrainError, sqlite3.Error, OSError) as error:
+        print_line(context.error_console, f"The result stands, and `n runs` will not show it: {error}")

@@ -26,8 +26,8 @@ def export(
     from nmoe.cli.console import print_summary
     from nmoe.cli.errors import UsageError
     from nmoe.cli.locate import locate_model
-    from nmoe.cli.tokenizer_name import tokenizer_name
-    from nmoe.data.tokenizers import load_tokenizer, tokenizer_config, tokenizer_json
+    from nmoe.cli.tokenizer_name import model_tokenizer
+    from nmoe.data.tokenizers import tokenizer_config, tokenizer_json
     from nmoe.model.hf import export_hf
     from nmoe.model.weights import PREFIX, read_config
     from nmoe.train.checkpointer import load
@@ -36,7 +36,7 @@ def export(
     located = locate_model(run, context.data_root)
     folder = load(located.folder)
     config, tensors = read_config(folder), folder.tensors(PREFIX)
-    vocabulary = load_tokenizer(tokenizer_name(folder, tokenizer))
+    vocabulary = model_tokenizer(folder, tokenizer)
     length = max_position_embeddings
     if length is None and located.run is not None:
         length = load_config(located.run.config, environ=context.environ).config.train.seq_len

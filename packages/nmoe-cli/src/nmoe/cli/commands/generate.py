@@ -17,6 +17,13 @@ def generate(
     seed: Annotated[int, Parameter(help="The same seed draws the same text.")] = 0,
     tokenizer: Annotated[str | None, Parameter(help="For a model that names none.")] = None,
     device: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="The run's own if left out.")] = None,
+    kernels: Annotated[
+        Literal["native", "reference"] | None,
+        Parameter(
+            help="As runtime.kernels of a configuration: reference runs on every device. Left out: the run's own, or "
+            "native on a GPU and reference on the CPU."
+        ),
+    ] = None,
     context: Injected,
 ) -> None:
     """Continue a prompt with a trained model; prompt and text go to standard output."""
@@ -24,16 +31,15 @@ def generate(
 
     from nmoe.cli.errors import UsageError
     from nmoe.cli.open_model import open_model
-    from nmoe.cli.tokenizer_name import tokenizer_name
-    from nmoe.data.tokenizers import load_tokenizer
+    from nmoe.cli.tokenizer_name import model_tokenizer
     from nmoe.model.generation import Sampling
     from nmoe.model.generation import generate as generate_tokens
 
     if max_tokens < 1:
         raise UsageError(f"expected --max-tokens of at least 1, found {max_tokens}")
     sampling = Sampling(temperature, top_p, seed)
-    opened = open_model(run, context, device)
-    vocabulary = load_tokenizer(tokenizer_name(opened.folder, tokenizer))
+    opened = open_model(run, context, device, kernels)
+    vocabulary = model_tokenizer(opened.folder, tokenizer)
     if vocabulary.n_vocab > opened.model.config.vocab_size:
         raise UsageError(
             f"expected a tokenizer of at most {opened.model.config.vocab_size} ids, found {vocabulary.name} with "

@@ -18,8 +18,10 @@ def import_model(
     context: Injected,
 ) -> None:
     """Read a Hugging Face folder, so that --from, eval, generate and export can use it."""
+    import shlex
+
     from nmoe.cli.console import print_summary
-    from nmoe.cli.toml_writer import dump_toml
+    from nmoe.cli.toml_writer import dump_toml, toml_value
     from nmoe.cli.units import format_count
     from nmoe.model.checkpoint import write_folder
     from nmoe.model.count import count_parameters
@@ -35,14 +37,17 @@ def import_model(
     documents[DOCUMENT] = config_document(config)
     write_folder(output, {PREFIX + name: tensor for name, tensor in tensors.items()}, documents)
     count = count_parameters(config)
-    (output / "model.toml").write_text(dump_toml({"model": config_document(config)}), encoding="utf-8")
+    section = output / "model.toml"
+    section.write_text(dump_toml({"model": config_document(config)}), encoding="utf-8")
     rows = [
         ("from", str(folder)),
         ("parameters", f"{format_count(count.total)} in all, {format_count(count.active)} active for a token"),
-        ("[model] section", str(output / "model.toml")),
+        ("[model] section", str(section)),
     ]
+    name = shlex.quote(str(output))
     steps = [
-        f'n generate {output} --prompt "The"' + ("" if tokenizer else " --tokenizer NAME"),
-        f'n train CONFIG --from {output}, where CONFIG begins with: base = "{output / "model.toml"}"',
+        f'n generate {name} --prompt "The"' + ("" if tokenizer else " --tokenizer NAME"),
+        # From the root: `base` is relative to the file that says it, wherever that will be.
+        f"n train CONFIG --from {name}, where CONFIG begins with: base = {toml_value(section.resolve())}",
     ]
     print_summary(context.console, f"Imported to {output}", rows, steps)

@@ -1,0 +1,54 @@
+"""Writes a run's progress to the experiments database beside showing it."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from nmoe.train.experiments import Experiments
+from nmoe.train.protocols import Reporter, RunStart, StepReport
+
+_GAP_S = 5.0
+
+
+class RecordingReporter:
+    """Shows everything through another reporter; every few seconds, and with each checkpoint, the database learns the
+    step and its loss, so that `n runs` follows a run."""
+
+    def __init__(self, shown: Reporter, experiments: Experiments) -> None:
+        self._shown, self._experiments = shown, experiments
+        self._run_id, self._written = "", 0.0
+        self._last: StepReport | None = None
+
+    def start(self, run: RunStart) -> None:
+        """The run begins or resumes."""
+        self._run_id = run.run_id
+        self._shown.start(run)
+
+    def step(self, report: StepReport) -> None:
+        """A step was recorded."""
+        self._last = report
+        if time.monotonic() - self._written >= _GAP_S:
+            self._record()
+        self._shown.step(report)
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """An evaluation ended."""
+        self._shown.evaluation(step, values)
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint began to be written."""
+        self._record()
+        self._shown.checkpoint(step, path)
+
+    def message(self, text: str) -> None:
+        """Something a person should read now."""
+        self._shown.message(text)
+
+    def close(self) -> None:
+        """The run ended, well or not."""
+        self._shown.close()
+
+    def _record(self) -> None:
+        if self._last is not None:
+            self._experiments.update(self._run_id, step=self._last.step, train_loss=self._last.loss)
+            self._written = time.monotonic()

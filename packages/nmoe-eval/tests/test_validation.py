@@ -1,0 +1,107 @@
+"""Loss and bits per byte against a plain count, on a small model and made-up tokens."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from nmoe.eval.errors import EmptyValidationError
+from nmoe.eval.schema import EvalConfig
+from nmoe.eval.validation import ValidationSet, validate
+from nmoe.kernels.ops import select_ops
+from nmoe.model.schema import ModelConfig
+from nmoe.model.transformer import Transformer
+from nmoe.rdep.transport import LocalTransport
+
+LENGTH, EOS = 8, 20
+TOKENS = np.random.default_rng(0).integers(0, EOS, 45)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        vocab_size=21, dim=16, n_layers=2, n_heads=2, init_std=0.3, attn="sdpa", head_dim=8,
+        inter_dim=24, moe_inter_dim=8, n_routed_experts=4, n_activated_experts=2,
+    )  # fmt: skip
+    ops = select_ops("reference", "cpu")
+    return Transformer.build(config, ops, LocalTransport(), device="cpu", dtype=torch.float64, seed=1).eval()
+
+
+def windows(tokens=TOKENS):
+    """Every token a target once; the padding behind the last is not scored."""
+    rows = -(-len(tokens) // LENGTH)
+    targets = np.full(rows * LENGTH, -100)
+    targets[: len(tokens)] = tokens
+    inputs = np.full(rows * LENGTH, EOS)
+    inputs[1 : len(tokens)] = tokens[:-1]
+    return inputs.reshape(rows, LENGTH), targets.reshape(rows, LENGTH)
+
+
+def in_batches(size, tokens=TOKENS, n_bytes=100):
+    inputs, targets = windows(tokens)
+
+    def batches():
+        for start in range(0, len(inputs), size):
+            yield inputs[start : start + size], targets[start : start + size]
+
+    return ValidationSet(batches, len(tokens), n_bytes)
+
+
+def plain_nll(model, rows=None):
+    """Sum of nats over scored targets, window by window, token by token."""
+    inputs, targets = windows()
+    total = 0.0
+    for row, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+        if rows is not None and row >= rows:
+            break
+        logits = model.logits(torch.from_numpy(x)[None])[0]
+        for position, target in enumerate(y):
+            if target != -100:
+                total -= F.log_softmax(logits[position], -1)[target].item()
+    return total
+
+
+def test_every_token_is_scored_once(model):
+    result = validate(model, in_batches(4))
+    assert result.n_tokens == len(TOKENS)
+    assert result.loss == pytest.approx(plain_nll(model) / len(TOKENS), rel=1e-12)
+
+
+def test_bits_per_byte_is_the_whole_code_length_over_the_bytes(model):
+    result = validate(model, in_batches(4, n_bytes=173))
+    assert result.bpb == pytest.approx(plain_nll(model) / math.log(2) / 173, rel=1e-12)
+    assert result.tags() == {"val/loss": result.loss, "val/bpb": result.bpb}
+
+
+@pytest.mark.parametrize("size", [1, 3, 6, 100])
+def test_the_batch_changes_nothing(model, size):
+    assert validate(model, in_batches(size)).loss == pytest.approx(validate(model, in_batches(2)).loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_bound_scores_the_first_sequences_whatever_the_batch(model, size):
+    result = validate(model, in_batches(size), max_sequences=3)
+    assert result.n_tokens == 3 * LENGTH
+    assert result.loss == pytest.approx(plain_nll(model, rows=3) / (3 * LENGTH), rel=1e-12)
+    share = 100 * 3 * LENGTH / len(TOKENS)
+    assert result.bpb == pytest.approx(plain_nll(model, rows=3) / math.log(2) / share, rel=1e-12)
+
+
+def test_nothing_to_score_is_an_error(model):
+    with pytest.raises(EmptyValidationError, match="at least one token"):
+        validate(model, ValidationSet(lambda: iter(()), 0, 0))
+
+
+def test_no_gradient_is_kept_and_the_mode_stays(model):
+    validate(model, in_batches(2))
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_schema_imports_no_torch():
+    code = "import sys, nmoe.eval.schema; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert EvalConfig().tasks == ("validation",)
