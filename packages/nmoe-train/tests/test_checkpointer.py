@@ -193,7 +193,7 @@ def test_a_failure_in_the_background_is_told_once_and_raised_by_wait(tmp_path, m
             checkpointer.wait()
     assert checkpointer.failure() is None, "wait has told it"
     checkpointer.wait()
-    assert [step_of(path) for path in list_complete(tmp_path)] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
 def test_a_save_after_a_failed_one_is_made_and_makes_it_good(tmp_path, monkeypatch):
