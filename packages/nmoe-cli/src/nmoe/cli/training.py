@@ -23,6 +23,7 @@ from nmoe.eval.validation import validate
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.errors import WeightsMismatchError
 from nmoe.model.generation import Sampling, generate
+from nmoe.model.hf_config import export_problems
 from nmoe.model.transformer import Transformer
 from nmoe.model.weights import config_document, read_config, shape_problems
 from nmoe.train.checkpointer import load, newest_complete, step_of
@@ -255,7 +256,11 @@ class _Composition:
             print_line(console, f"Sample (temperature {SAMPLE.temperature}, top-p {SAMPLE.top_p}):")
             print_line(console, self.sample)
             print_line(console, "")
-        rows = [("run", str(run.path)), ("checkpoint", str(newest_complete(run.checkpoints)))]
+        saved = newest_complete(run.checkpoints)
+        rows = [
+            ("run", str(run.path)),
+            ("checkpoint", "none, as checkpoint.enabled = false" if saved is None else str(saved)),
+        ]
         if outcome.loss is not None:
             rows.append(("training loss", f"{outcome.loss:.4f} nats a token at step {outcome.step}"))
         limit = self.config.eval.max_sequences
@@ -266,17 +271,16 @@ class _Composition:
         gzip = self.data.val.manifest.gzip_bits_per_byte if self.data.val else None
         if gzip is not None:
             rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the whole validation text"))
-        print_summary(console, f"Run {run.run_id}: {outcome.status.replace('_', ' ')}", rows, self._next_steps())
+        steps = self._next_steps(has_model=saved is not None)
+        print_summary(console, f"Run {run.run_id}: {outcome.status.replace('_', ' ')}", rows, steps)
 
-    def _next_steps(self) -> list[str]:
-        run_id, path = self.run.run_id, self.request.path
-        own = "n data prep FILES --output data/mine"
-        return [
-            f'n generate {run_id} --prompt "The import statement"',
-            f"n eval {run_id}",
-            f"n export {run_id} --output exported",
-            f"{own} && n train {path} --set data.path=data/mine",
-        ]
+    def _next_steps(self, *, has_model: bool) -> list[str]:
+        run_id, path, data = self.run.run_id, self.request.path, self.config.data
+        steps = [f'n generate {run_id} --prompt "The "', f"n eval {run_id}"] if has_model else []
+        if has_model and not export_problems(self.config.model):
+            steps.append(f"n export {run_id} --output exported")
+        prep = f"n data prep FILES --tokenizer {data.tokenizer} --output data/mine"
+        return [*steps, f"{prep} && n train {path} --set data.path=data/mine"]
 
 
 def _points(run: RunFolder) -> dict[str, list[tuple[int, float]]]:

@@ -80,7 +80,7 @@ def released_config(
     Raises:
         UnsupportedByFormatError: the format cannot express the model; every key in the way is named.
     """
-    problems = _inexpressible(config)
+    problems = export_problems(config)
     if problems:
         raise UnsupportedByFormatError(problems)
     document: dict[str, Any] = {
@@ -106,7 +106,7 @@ def released_config(
     return document
 
 
-def _inexpressible(config: ModelConfig) -> dict[str, str]:
+def export_problems(config: ModelConfig) -> dict[str, str]:
     problems = {}
     if config.attn != "mla":
         problems["attn"] = f"= {config.attn!r} (the format knows 'mla' only)"
