@@ -107,6 +107,7 @@ def released_config(
 
 
 def export_problems(config: ModelConfig) -> dict[str, str]:
+    """What of a model the released format cannot express, by key; empty where `released_config` takes it."""
     problems = {}
     if config.attn != "mla":
         problems["attn"] = f"= {config.attn!r} (the format knows 'mla' only)"
