@@ -39,7 +39,7 @@ def make_run(folder: Path, command: list[str], device: str, data: str = "/srv/pe
     [
         (["/home/me/.venv/bin/python3", "/home/me/.venv/bin/n", "train", "configs/a.toml"], "n train configs/a.toml"),
         (["/usr/bin/python3.12", "-X", "dev", "-I", "/opt/bin/n", "train", "a.toml"], "n train a.toml"),
-        (["python", "-m", "nmoe.cli", "train", "/home/me/work/configs/a.toml"], "n train configs/a.toml"),
+        (["python", "-m", "nmoe.cli", "train", "/home/me/project/configs/a.toml"], "n train configs/a.toml"),
         (["python", "-m", "other.tool", "x"], "python -m other.tool x"),
         (["/usr/bin/python3", "-c", "open('/home/me/x')"], "python -c …"),
         (
