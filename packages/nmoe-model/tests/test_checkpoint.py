@@ -420,6 +420,22 @@ def test_a_replacement_killed_between_its_two_renames_is_undone(folder):
     assert [entry.name for entry in folder.parent.iterdir()] == ["f"]
 
 
+def test_leftovers_go_where_the_caller_knows_that_their_writers_are_dead(folder):
+    """Small process numbers come again in every container."""
+    whole, alive = listing(folder), os.getppid()
+    folder.rename(folder.parent / f".f.old-{alive}")
+    for name in (f".f.tmp-{alive}", ".g.tmp-1", ".g.tmp-x"):
+        (folder.parent / name).mkdir()
+    before = sorted(folder.parent.iterdir())
+    clean_leftovers(folder.parent)
+    assert sorted(folder.parent.iterdir()) == before
+    clean_leftovers(folder.parent, "f", writers_are_dead=True)
+    assert {entry.name for entry in folder.parent.iterdir()} == {"f", ".g.tmp-1", ".g.tmp-x"}
+    assert listing(folder) == whole
+    clean_leftovers(folder.parent, writers_are_dead=True)
+    assert {entry.name for entry in folder.parent.iterdir()} == {"f", ".g.tmp-x"}
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak memory counter")
 def test_no_second_copy_in_memory(tmp_path):
     def peak() -> int:

@@ -209,11 +209,66 @@ def test_a_save_after_a_failed_one_is_made_and_makes_it_good(tmp_path, monkeypat
     assert step_of(newest_complete(tmp_path)) == 3
 
 
+def break_steps(monkeypatch, *steps: int) -> None:
+    write = under_test.write_folder
+
+    def fail(path, tensors, documents, **options):
+        if step_of(path) in steps:
+            raise OSError(errno.EIO, "bad block")
+        write(path, tensors, documents, **options)
+
+    monkeypatch.setattr(under_test, "write_folder", fail)
+
+
+def test_a_failure_that_was_made_good_is_still_told_after_wait(tmp_path, monkeypatch):
+    break_steps(monkeypatch, 1, 2)
+    checkpointer = save_all(tmp_path, [1, 2, 3])
+    told = list(iter(checkpointer.failure, None))
+    assert [failure.path for failure in told] == [checkpointer.path(1), checkpointer.path(2)]
+    assert_holds(checkpointer.path(3), 3)
+
+
+def test_wait_raises_the_last_failure_though_it_was_told(tmp_path, monkeypatch):
+    """A run that ends without its last state fails, even if it has already said why."""
+    break_steps(monkeypatch, 2)
+    checkpointer = save_all(tmp_path, [1])
+    checkpointer.save(2, state(2), {})
+    checkpointer._join()
+    assert checkpointer.failure() is not None
+    with pytest.raises(CheckpointWriteError, match="step_00000002"):
+        checkpointer.wait()
+    checkpointer.wait()
+
+
+def test_only_a_write_makes_a_failure_good(tmp_path, monkeypatch):
+    """A save that is refused wrote nothing."""
+    break_steps(monkeypatch, 1)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, state(1), {})
+    with pytest.raises(InvalidEntryError):
+        checkpointer.save(2, state(2), {"bad": float("nan")})
+    with pytest.raises(CheckpointWriteError, match="step_00000001"):
+        checkpointer.wait()
+
+
+def test_asking_for_a_failure_does_not_wait_for_the_write(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    monkeypatch.setattr(under_test, "write_folder", lambda *a, **k: may_write.wait(30))
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(1, state(1), {})
+    assert checkpointer.failure() is None
+    assert checkpointer._thread.is_alive()
+    may_write.set()
+    checkpointer.wait()
+
+
 def test_a_leftover_is_cleaned_though_its_writers_number_lives_again(tmp_path):
-    leftover = tmp_path / f".step_00000009.tmp-{os.getppid()}"
-    leftover.mkdir()
+    save_all(tmp_path, [1, 2])
+    (tmp_path / "step_00000002").rename(tmp_path / f".step_00000002.old-{os.getppid()}")
+    (tmp_path / f".step_00000009.tmp-{os.getppid()}").mkdir()
     Checkpointer(tmp_path, keep=1)
-    assert not leftover.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+    assert_holds(tmp_path / "step_00000002", 2)
 
 
 class Usage(NamedTuple):

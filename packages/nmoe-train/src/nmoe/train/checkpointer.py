@@ -8,7 +8,9 @@ A name that begins with a dot belongs to a write or a removal that has not ended
 import re
 import shutil
 import threading
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ class Checkpointer:
         self._snapshot: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last write
-        self._untold: Exception | None = None  # not yet asked for
+        self._untold: deque[Exception] = deque()  # of any write, made good since or not; not yet asked for
         clean_leftovers(folder, writers_are_dead=True)  # the run's lock keeps others out
 
     def path(self, step: int) -> Path:
@@ -73,7 +75,6 @@ class Checkpointer:
             nmoe.model.errors.CheckpointError: the disk has no room now, or the format cannot hold an entry.
         """
         self._join()
-        self._failure = None
         path = self.path(step)
         check_space(path, tensors, documents)
         self._snapshot = {name: self._to_host(name, tensor) for name, tensor in tensors.items()}
@@ -84,21 +85,25 @@ class Checkpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns once nothing is being written.
+        """Returns once nothing is being written. What it raises, `failure` no longer tells.
 
         Raises:
-            CheckpointWriteError: the last write failed.
+            CheckpointWriteError: the last write failed, whether `failure` told it or not; raised once.
             nmoe.model.errors.CheckpointError: it failed for the disk's room.
         """
         self._join()
-        failure, self._failure, self._untold = self._failure, None, None
+        failure, self._failure = self._failure, None
         if failure is not None:
+            with suppress(ValueError):
+                self._untold.remove(failure)
             raise failure
 
     def failure(self) -> Exception | None:
-        """Why a write that has ended failed, told once; None if none did. Waits for nothing."""
-        told, self._untold = self._untold, None
-        return told
+        """Why a write that has ended failed, each told once, the oldest first; None if there is none to tell.
+
+        Waits for nothing. A failure that a later write made good is told too.
+        """
+        return self._untold.popleft() if self._untold else None
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -123,11 +128,17 @@ class Checkpointer:
             write_folder(path, tensors, documents, replace=True)
             self._prune()
         except CheckpointError as error:
-            self._failure = self._untold = error
+            self._note(error)
         except Exception as error:
             failure = CheckpointWriteError(path, error)
             failure.__cause__ = error
-            self._failure = self._untold = failure
+            self._note(failure)
+        else:
+            self._failure = None
+
+    def _note(self, failure: Exception) -> None:
+        self._failure = failure
+        self._untold.append(failure)
 
     def _prune(self) -> None:
         complete = list_complete(self.folder)

@@ -175,8 +175,7 @@ def train(
                     )
                     metrics.write(step, {**_tags(report), "train/total_loss": sum(figures[1:-1:2]), **health})
                     reporter.step(report)
-                if (failure := checkpointer.failure()) is not None:
-                    reporter.message(f"step {step}: an earlier checkpoint could not be written: {failure}")
+                _tell_failures(checkpointer, reporter)
 
                 # ---- save, then evaluate: an evaluation never costs a step -------------------------------------------
                 due = step == settings.steps or evaluates_at(step) or _is_due(step, config.checkpoint.every)
@@ -193,7 +192,10 @@ def train(
         if config.checkpoint.enabled and saved_at != state.step and state.step > 0:
             checkpointer.save(state.step, state.tensors(), state.documents())
             reporter.checkpoint(state.step, checkpointer.path(state.step))
-        checkpointer.wait()
+        try:
+            checkpointer.wait()
+        finally:
+            _tell_failures(checkpointer, reporter)
         if stop.received is not None and state.step < settings.steps and not _reached(settings, evaluation):
             return Outcome("interrupted", state.step, loss_value, evaluation, int(stop.received))
         if profile is not None:
@@ -219,6 +221,11 @@ def _finishing(checkpointer: Checkpointer) -> Iterator[None]:
         with suppress(Exception):  # the error that ended the block is the one to tell
             checkpointer.wait()
         raise
+
+
+def _tell_failures(checkpointer: Checkpointer, reporter: Reporter) -> None:
+    while (failure := checkpointer.failure()) is not None:
+        reporter.message(f"A checkpoint could not be written: {failure}")
 
 
 def _reached(settings: TrainConfig, evaluation: Mapping[str, float]) -> bool:
