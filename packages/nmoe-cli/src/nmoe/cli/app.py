@@ -101,6 +101,7 @@ def main() -> None:
         environ=os.environ,
         console=make_console(sys.stdout),
         error_console=make_console(sys.stderr),
+        command="uv run n" if "UV" in os.environ else "n",  # uv sets it for what it runs
     )
     try:
         code = run(sys.argv[1:], context)

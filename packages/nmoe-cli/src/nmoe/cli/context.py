@@ -21,6 +21,8 @@ class Context:
     """Standard output."""
     error_console: Console
     """Standard error."""
+    command: str = "n"
+    """How a person types `n` here, for the commands that are suggested."""
 
 
 Injected: TypeAlias = Annotated[Context, Parameter(parse=False)]

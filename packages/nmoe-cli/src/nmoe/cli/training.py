@@ -95,13 +95,13 @@ def run_training(request: Request, context: Context) -> int:
         except BaseException as error:
             _record_failure(experiments, run, error, context)
             if exit_code_of(error) is not ExitCode.BUG:
-                print_line(context.error_console, f"The run is in {run.path}; {_resume_hint(request, run)}")
+                print_line(context.error_console, f"The run is in {run.path}; {_resume_hint(request, run, context)}")
             raise
         status: EndStatus = "interrupted" if outcome.status == "interrupted" else "finished"
         experiments.finish(run.run_id, status, outcome.status)
     if outcome.status == "interrupted":
         saved = config.checkpoint.enabled and outcome.step > 0
-        kept = f"which is saved; {_resume_hint(request, run)}" if saved else "and nothing is saved"
+        kept = f"which is saved; {_resume_hint(request, run, context)}" if saved else "and nothing is saved"
         print_line(console, f"Stopped after step {outcome.step}, {kept}")
         return 128 + (outcome.signal or 0)
     composition.summarise(outcome)
@@ -276,11 +276,12 @@ class _Composition:
 
     def _next_steps(self, *, has_model: bool) -> list[str]:
         run_id, path, data = self.run.run_id, self.request.path, self.config.data
-        steps = [f'n generate {run_id} --prompt "The "', f"n eval {run_id}"] if has_model else []
+        n = self.context.command
+        steps = [f'{n} generate {run_id} --prompt "The "', f"{n} eval {run_id}"] if has_model else []
         if has_model and not export_problems(self.config.model):
-            steps.append(f"n export {run_id} --output exported")
-        prep = f"n data prep FILES --tokenizer {data.tokenizer} --output data/mine"
-        return [*steps, f"{prep} && n train {path} --set data.path=data/mine"]
+            steps.append(f"{n} export {run_id} --output exported")
+        prep = f"{n} data prep FILES --tokenizer {data.tokenizer} --output data/mine"
+        return [*steps, f"{prep} && {n} train {path} --set data.path=data/mine"]
 
 
 def _points(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
@@ -323,7 +324,7 @@ def _parse_profile(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _resume_hint(request: Request, run: RunFolder) -> str:
+def _resume_hint(request: Request, run: RunFolder, context: Context) -> str:
     sets = [part for value in request.loaded.sets for part in ("--set", value)]
-    command = shlex.join(["n", "train", str(request.path), *sets, "--run-id", run.run_id])
-    return f"continue it with:\n  {command}"
+    arguments = shlex.join(["train", str(request.path), *sets, "--run-id", run.run_id])
+    return f"continue it with:\n  {context.command} {arguments}"

@@ -40,7 +40,7 @@ def prep(
         )
     rows = [row for shards in (prepared.train, prepared.val) if shards for row in set_rows(shards)]
     if tokenizer == "byte":
-        command = f"n train configs/nano.toml --set data.path={output}"
+        command = f"{context.command} train configs/nano.toml --set data.path={output}"
     else:
-        command = f"n train CONFIG --set data.path={output} --set data.tokenizer={tokenizer}"
+        command = f"{context.command} train CONFIG --set data.path={output} --set data.tokenizer={tokenizer}"
     print_summary(context.console, f"Prepared {output}", rows, [command])

@@ -45,9 +45,9 @@ def import_model(
         ("[model] section", str(section)),
     ]
     name = shlex.quote(str(output))
+    n, base = context.command, toml_value(section.resolve())
     steps = [
-        f'n generate {name} --prompt "The"' + ("" if tokenizer else " --tokenizer NAME"),
-        # From the root: `base` is relative to the file that says it, wherever that will be.
-        f"n train CONFIG --from {name}, where CONFIG begins with: base = {toml_value(section.resolve())}",
+        f'{n} generate {name} --prompt "The"' + ("" if tokenizer else " --tokenizer NAME"),
+        f"{n} train CONFIG --from {name}, where CONFIG begins with: base = {base}",
     ]
     print_summary(context.console, f"Imported to {output}", rows, steps)

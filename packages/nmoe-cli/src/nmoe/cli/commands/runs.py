@@ -27,7 +27,9 @@ def runs(
     with Experiments(context.data_root / "experiments.db") as experiments:
         rows = list(experiments.list(limit + 1))
     if not rows:
-        print_line(context.console, f"No runs under {context.data_root}. The first: n train configs/nano.toml")
+        print_line(
+            context.console, f"No runs under {context.data_root}. The first: {context.command} train configs/nano.toml"
+        )
         return
     table = [_cells(row) for row in rows[:limit]]
     # A column that nothing stands in only costs width.
