@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from nmoe.kernels.ops import Ops
 from nmoe.kernels.reference.adamw import AdamWStep
-from nmoe.kernels.reference.master import join_master, split_master
+from nmoe.kernels.reference.master import load_master, store_master
 from nmoe.kernels.reference.newton_schulz import newton_schulz
 from nmoe.model.transformer import Role, parameter_role
 from nmoe.train.schema import OptimConfig
@@ -130,10 +130,7 @@ class Optimizer:
             settings, parameter = self.settings[name], self.parameters[name].data
             lr = settings.lr * lr_factor
             residual = self.state.get(f"{name}/residual")
-            master = parameter if residual is None else join_master(parameter, residual)
+            master = load_master(parameter, residual)
             master.mul_(1 - lr * settings.weight_decay)
             master.add_(update.view_as(master).to(master.dtype), alpha=-lr * size)
-            if residual is not None:
-                upper, rest = split_master(master)
-                parameter.copy_(upper)
-                residual.copy_(rest)
+            store_master(master, parameter, residual)

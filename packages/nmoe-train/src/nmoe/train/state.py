@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nmoe.kernels.reference.master import join_master, split_master
+from nmoe.kernels.reference.master import load_master, store_master
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.transformer import Transformer
 from nmoe.model.weights import DOCUMENT, PREFIX, config_document, copy_weights
@@ -74,17 +74,12 @@ class TrainState:
         saved_names = set(folder.names)
         for name, parameter in self.optimizer.parameters.items():
             residual = self.optimizer.state.get(f"{name}/residual")
-            saved_residual = f"{OPTIMIZER}{name}/residual"
-            if saved_residual in saved_names:
-                master = join_master(folder.tensor(PREFIX + name), folder.tensor(saved_residual))
-            else:
-                master = folder.tensor(PREFIX + name).float()
-            if residual is None:
-                parameter.data.copy_(master)
-            else:
-                weight, rest = split_master(master)
-                parameter.data.copy_(weight)
-                residual.copy_(rest)
+            saved_name = f"{OPTIMIZER}{name}/residual"
+            saved_residual = folder.tensor(saved_name) if saved_name in saved_names else None
+            if residual is None and saved_residual is None:
+                continue  # the weight is its own master, and has been copied
+            master = load_master(folder.tensor(PREFIX + name), saved_residual).float()
+            store_master(master, parameter.data, residual)
 
     @property
     def _device(self) -> torch.device:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from nmoe.kernels.reference.master import join_master, split_master
+from nmoe.kernels.reference.master import load_master, store_master
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,10 @@ def adamw_(
         grad_scale: fp32 scalar on the device; multiplies the gradient (clipping).
         scalars: learning rate, betas, …
     """
-    master = weight if residual is None else join_master(weight, residual)
+    master = load_master(weight, residual)
     scaled = grad * grad_scale
     exp_avg.lerp_(scaled, 1 - scalars.beta1)
     exp_avg_sq.mul_(scalars.beta2).addcmul_(scaled, scaled, value=1 - scalars.beta2)
     denominator = (exp_avg_sq.sqrt() / scalars.second_moment_scale).add_(scalars.eps)
     master.mul_(1 - scalars.lr * scalars.weight_decay).addcdiv_(exp_avg, denominator, value=-scalars.step_size)
-    if residual is not None:
-        upper, rest = split_master(master)
-        weight.copy_(upper)
-        residual.copy_(rest)
+    store_master(master, weight, residual)

@@ -20,3 +20,18 @@ def join_master(weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     """The fp32 tensor that `split_master` took apart."""
     bits = (weight.contiguous().view(torch.int16).to(torch.int32) << 16) + residual
     return bits.view(torch.float32)
+
+
+def load_master(weight: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """The master of a weight; a weight without a residual is its own."""
+    return weight if residual is None else join_master(weight, residual)
+
+
+def store_master(master: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Puts a master back into the weight and the residual that it was loaded from, or into others of its shape."""
+    if residual is not None:
+        upper, rest = split_master(master)
+        weight.copy_(upper)
+        residual.copy_(rest)
+    elif master is not weight:
+        weight.copy_(master)
