@@ -1,10 +1,11 @@
 """`n eval`: measures a checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from nmoe.cli.context import Context, Injected
+from nmoe.cli.options import DeviceName, KernelsName, ModelName, TokenizerName
 
 if TYPE_CHECKING:
     from nmoe.cli.open_model import OpenModel
@@ -13,23 +14,17 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Annotated[str, Parameter(help="A run, RUN@STEP, or the folder of an imported model.")],
+    run: ModelName,
     /,
     *,
     data: Annotated[
         Path | None, Parameter(help="A prepared folder (its val/) or a shard set; the run's own if left out.")
     ] = None,
-    tokenizer: Annotated[str | None, Parameter(help="For a model that names none.")] = None,
+    tokenizer: TokenizerName = None,
     seq_len: Annotated[int | None, Parameter(help="Tokens a window; the run's own if left out.")] = None,
     batch_size: Annotated[int, Parameter(help="Windows at once.")] = 8,
-    device: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="The run's own if left out.")] = None,
-    kernels: Annotated[
-        Literal["native", "reference"] | None,
-        Parameter(
-            help="As runtime.kernels of a configuration: reference runs on every device. Left out: the run's own, or "
-            "native on a GPU and reference on the CPU."
-        ),
-    ] = None,
+    device: DeviceName = None,
+    kernels: KernelsName = None,
     context: Injected,
 ) -> None:
     """Measure validation loss and bits per byte, every validation token scored once.

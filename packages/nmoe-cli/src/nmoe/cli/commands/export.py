@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 from nmoe.cli.context import Injected
+from nmoe.cli.options import ModelName, TokenizerName
 
 
 def export(
-    run: Annotated[str, Parameter(help="A run, RUN@STEP, or the folder of an imported model.")],
+    run: ModelName,
     /,
     *,
     output: Annotated[Path, Parameter(help="Folder to make.")],
@@ -18,7 +19,7 @@ def export(
     max_position_embeddings: Annotated[
         int | None, Parameter(help="Context length to state; the run's sequence length if left out.")
     ] = None,
-    tokenizer: Annotated[str | None, Parameter(help="For a model that names none.")] = None,
+    tokenizer: TokenizerName = None,
     context: Injected,
 ) -> None:
     """Write weights, config.json and tokenizer.json in the released DeepSeek-V3 format."""

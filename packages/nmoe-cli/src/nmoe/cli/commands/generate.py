@@ -1,13 +1,14 @@
 """`n generate`: continues a prompt."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from nmoe.cli.context import Injected
+from nmoe.cli.options import DeviceName, KernelsName, ModelName, TokenizerName
 
 
 def generate(
-    run: Annotated[str, Parameter(help="A run, RUN@STEP, or the folder of an imported model.")],
+    run: ModelName,
     /,
     *,
     prompt: Annotated[str, Parameter(help="Text to continue; empty: from the start of a document.")],
@@ -15,15 +16,9 @@ def generate(
     top_p: Annotated[float, Parameter(help="Draw from the likeliest tokens of this probability in all.")] = 0.95,
     max_tokens: Annotated[int, Parameter(help="Stop after so many tokens.")] = 200,
     seed: Annotated[int, Parameter(help="The same seed draws the same text.")] = 0,
-    tokenizer: Annotated[str | None, Parameter(help="For a model that names none.")] = None,
-    device: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="The run's own if left out.")] = None,
-    kernels: Annotated[
-        Literal["native", "reference"] | None,
-        Parameter(
-            help="As runtime.kernels of a configuration: reference runs on every device. Left out: the run's own, or "
-            "native on a GPU and reference on the CPU."
-        ),
-    ] = None,
+    tokenizer: TokenizerName = None,
+    device: DeviceName = None,
+    kernels: KernelsName = None,
     context: Injected,
 ) -> None:
     """Continue a prompt with a trained model; prompt and text go to standard output."""
