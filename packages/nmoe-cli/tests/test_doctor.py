@@ -43,7 +43,7 @@ def test_a_machine_without_a_gpu_is_fit_for_cpu_runs(n, no_gpu):
     outcome = n("doctor", "--device", "cpu")
     assert outcome.code == ExitCode.OK
     parts = {line.split()[1] for line in outcome.out.splitlines() if line.startswith(("ok", "missing"))}
-    gpu_parts = {"gpu", "triton", "nvrtc", "cute"}
+    gpu_parts = {"gpu", "triton", "nvrtc"}
     assert parts == {"device", "python", "system", "nmoe", "disk", "torch", "threads"} | gpu_parts
 
 
@@ -93,7 +93,7 @@ def test_a_compiler_that_fails_is_broken_only_where_it_is_needed(monkeypatch, tm
     for device, status in (("cuda", Status.BROKEN), ("cpu", Status.MISSING)):
         checks = found(doctor._compilers(device))
         assert (checks["triton"].status, checks["triton"].found) == (status, "ImportError: libsomething.so: not found")
-        assert checks["nvrtc"].status is Status.MISSING  # no kernel of this version is CUDA C++
+        assert checks["nvrtc"].status is status
 
 
 def test_triton_needs_a_c_compiler(monkeypatch):

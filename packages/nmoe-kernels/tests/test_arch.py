@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch, device_limits, known_devices
 from nmoe.kernels.errors import KernelError, UnsupportedArchError
-from nmoe.kernels.ops import select_ops
+from nmoe.kernels.ops import Ops, select_ops
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str = "NVIDIA Test") -> None:
@@ -50,19 +52,50 @@ def test_native_on_another_arch_is_refused_by_name(monkeypatch) -> None:
     assert "runtime.kernels = 'reference'" in message
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
-def test_native_on_its_arch_is_native(monkeypatch) -> None:
+def modules(ops: Ops) -> set[str]:
+    """Of every op, and of the products that an op is made of."""
+    found = []
+    for field in fields(ops)[1:]:
+        op = getattr(ops, field.name)
+        found += [op.func, *op.args[0]] if isinstance(op, partial) else [op]
+    return {op.__module__.removeprefix("nmoe.kernels.") for op in found if "<lambda>" not in op.__name__}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton and the CUDA kernels are for Linux")
+@pytest.mark.parametrize(
+    ("capability", "experts"),
+    [
+        ((9, 0), {"native.experts_cuda"}),
+        ((10, 0), {"native.grouped_gemm_triton", "reference.experts"}),
+    ],
+)
+def test_native_on_its_arch_is_native(monkeypatch, capability: tuple[int, int], experts: set[str]) -> None:
+    """Each arch has kernels that are written for it, and for all else what both share."""
+    pretend(monkeypatch, capability)
+    ops = select_ops("native", "cuda")
+    assert ops.tier == "native"
+    assert modules(ops) == {"native.adamw_triton", "native.attention_cudnn", "native.routing_cuda"} | experts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton and the CUDA kernels are for Linux")
+def test_native_index_takes_the_counts_of_the_route(monkeypatch) -> None:
+    """They save a launch."""
+    from nmoe.kernels.native import routing_cuda
+
     pretend(monkeypatch, (9, 0))
-    assert select_ops("native", "cuda").tier == "native"
+    monkeypatch.setattr(routing_cuda, "index_rows", lambda *arguments: arguments)
+    expert_TK, gate_TK, histogram_BE = torch.zeros(3)
+    given = select_ops("native", "cuda").index_rows(routing_cuda.Routing(expert_TK, gate_TK, histogram_BE), 8)
+    assert given[0] is expert_TK
+    assert given[1:] == (8, histogram_BE)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_reference_runs_anywhere_and_only_when_asked(device: str) -> None:
     ops = select_ops("reference", device)
     assert ops.tier == "reference"
-    assert all(
-        ".reference." in op.__module__ for op in (ops.attention, ops.grouped_gemm, ops.grouped_wgrad, ops.adamw_)
-    )
+    named = ("adamw", "attention", "experts", "grouped_gemm", "routing")
+    assert modules(ops) == {f"reference.{name}" for name in named}
 
 
 def test_limits_are_known_or_none() -> None:

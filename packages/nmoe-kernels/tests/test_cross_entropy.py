@@ -94,6 +94,16 @@ def test_main_grad_is_added_to_and_autograd_gets_nothing() -> None:
     torch.testing.assert_close(weight.main_grad, before + 2 * exact(x, weight, target)[2], rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.usefixtures("chunked")
+def test_a_stale_main_grad_is_overwritten_once() -> None:
+    x, weight, target = draw()
+    weight.main_grad, weight.main_grad_stale = torch.full_like(weight, float("nan")), True
+    for times in (1, 2):
+        linear_cross_entropy(x, weight, target).backward()
+        assert weight.grad is None
+        torch.testing.assert_close(weight.main_grad, times * exact(x, weight, target)[2], rtol=1e-12, atol=1e-13)
+
+
 def test_float32_main_grad_of_bfloat16_head() -> None:
     """256 equal micro-batches: in bf16 the sum would stop growing."""
     x, weight, target = draw(torch.bfloat16)

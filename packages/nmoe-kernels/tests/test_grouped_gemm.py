@@ -54,10 +54,22 @@ def test_wgrad_adds_to_what_is_there(case: str) -> None:
     b = torch.randn(a.shape[0], 3, dtype=torch.float64)
     before = torch.randn(len(OFFSETS[case]) - 1, 5, 3, dtype=torch.float64)
     into = before.clone()
-    grouped_wgrad(a, b, offset, into)
+    grouped_wgrad(a, b, offset, into, add=True)
     torch.testing.assert_close(into, before + naive_wgrad(a, b, OFFSETS[case]), rtol=1e-12, atol=1e-13)
     for expert, (start, end) in enumerate(zip(OFFSETS[case], OFFSETS[case][1:], strict=False)):
         assert start < end or torch.equal(into[expert], before[expert]), "an expert without rows keeps its bits"
+
+
+@pytest.mark.parametrize("case", OFFSETS)
+def test_wgrad_overwrites_what_is_there(case: str) -> None:
+    """NaN included, which no factor of zero would remove; an expert without rows gets zeros."""
+    a, _, offset = draw(OFFSETS[case])
+    b = torch.randn(a.shape[0], 3, dtype=torch.float64)
+    into = torch.full((len(OFFSETS[case]) - 1, 5, 3), float("nan"), dtype=torch.float64)
+    grouped_wgrad(a, b, offset, into, add=False)
+    torch.testing.assert_close(into, naive_wgrad(a, b, OFFSETS[case]), rtol=1e-12, atol=1e-13)
+    for expert, (start, end) in enumerate(zip(OFFSETS[case], OFFSETS[case][1:], strict=False)):
+        assert start < end or not into[expert].any()
 
 
 def test_the_oracle_tells_shifted_offsets_apart() -> None:
@@ -71,7 +83,7 @@ def test_a_wide_accumulator_gets_unrounded_products() -> None:
     a, b = torch.randn(300, 6).bfloat16(), torch.randn(300, 4).bfloat16()
     offsets = [0, 100, 100, 300]
     into = torch.zeros(3, 6, 4)
-    grouped_wgrad(a, b, torch.tensor(offsets, dtype=torch.int32), into)
+    grouped_wgrad(a, b, torch.tensor(offsets, dtype=torch.int32), into, add=True)
     terms = naive_wgrad(a.abs(), b.abs(), offsets)
     # 200 fp32 additions err by at most 200 · 2^-24 of the sum of magnitudes.
     assert ((into.double() - naive_wgrad(a, b, offsets)).abs() <= 200 * 2**-24 * terms).all()

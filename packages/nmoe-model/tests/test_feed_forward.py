@@ -1,10 +1,10 @@
 """Dense and expert feed-forward parts against loops, the router's bias, and the balance losses of the papers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from nmoe.model import feed_forward
 from nmoe.model.feed_forward import MixtureOfExperts, Mlp
 
 TOKENS_A_SEQUENCE = 5
@@ -81,12 +81,12 @@ def test_router_stays_in_float32_in_a_bfloat16_model(tiny, build) -> None:
     assert layer.router.weight.dtype == torch.float32
     assert layer.router.bias.dtype == torch.float32
     x = states(config).flatten(0, 1).bfloat16()
-    routing = layer.router(x)
-    assert routing.score_TE.dtype == torch.float32
-    assert routing.gate_TK.dtype == torch.float32
+    logits = layer.router(x)
+    assert logits.dtype == torch.float32
+    assert layer.ops.route(logits, layer.router.bias, top_k=2).gate_TK.dtype == torch.float32
     exact = 1 / (1 + (-(x.double() @ layer.router.weight.double().T)).exp())
-    # Scores in bf16 would err by up to 2^-9.
-    torch.testing.assert_close(routing.score_TE.double(), exact, rtol=1e-5, atol=0)
+    # Scores of bf16 logits would err by up to 2^-9.
+    torch.testing.assert_close(logits.sigmoid().double(), exact, rtol=1e-5, atol=0)
 
 
 def test_load_counts_routed_rows_in_training_alone(tiny, build) -> None:
@@ -97,9 +97,12 @@ def test_load_counts_routed_rows_in_training_alone(tiny, build) -> None:
     layer(x)
     assert not layer.router.load.any(), "evaluation is not counted"
     layer.train()
+    routed = []
+    right = layer.ops.route
+    layer.ops = replace(layer.ops, route=lambda *a, **k: routed.append(right(*a, **k)) or routed[0])
     layer(x)
-    expert_TK = layer.router(x.flatten(0, 1)).expert_TK
-    assert layer.router.load.tolist() == torch.bincount(expert_TK.flatten(), minlength=6).tolist()
+    layer.ops = replace(layer.ops, route=right)
+    assert layer.router.load.tolist() == torch.bincount(routed[0].expert_TK.flatten(), minlength=6).tolist()
     layer(x)
     assert layer.router.load.sum() == 2 * rows, "micro-batches add up"
 
@@ -232,16 +235,15 @@ def test_no_balance_loss_where_none_is_asked_or_in_evaluation(tiny, build) -> No
     assert experts_layer(build, config).eval()(states(config)).balance is None
 
 
-def test_router_gradient_comes_through_the_gates(tiny, build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_gradient_comes_through_the_gates(tiny, build) -> None:
     """Detached gates, a plausible slip, would leave the router without a gradient."""
     config = tiny("mla")
     layer, x = experts_layer(build, config), states(config)
     layer(x).out_BSD.square().sum().backward()
     assert layer.router.weight.grad.abs().max() > 1e-3
     layer.zero_grad()
-    right = feed_forward.route
-    monkeypatch.setattr(
-        feed_forward, "route", lambda *a, **k: (r := right(*a, **k))._replace(gate_TK=r.gate_TK.detach())
-    )
+    right = layer.ops.route
+    detached = lambda *a, **k: (r := right(*a, **k))._replace(gate_TK=r.gate_TK.detach())  # noqa: E731
+    layer.ops = replace(layer.ops, route=detached)
     layer(x).out_BSD.square().sum().backward()
     assert layer.router.weight.grad is None

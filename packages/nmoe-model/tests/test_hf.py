@@ -6,14 +6,16 @@ be seen by the same comparison.
 
 import random
 from collections import namedtuple
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference import routing as routing_op
 from nmoe.kernels.reference.rope import rope_frequencies, yarn_frequencies
-from nmoe.kernels.reference.routing import route
-from nmoe.model import attention_mla, feed_forward
+from nmoe.model import attention_mla
+from nmoe.model.feed_forward import MixtureOfExperts
 from nmoe.model.generation import Sampling, generate
 from nmoe.model.hf import export_hf, import_hf
 from nmoe.model.hf_weights import is_mtp
@@ -215,10 +217,14 @@ def no_yarn(model, patch):
     model.rope = RotaryEmbedding(model.config.model_copy(update={"yarn": None}))
 
 
-def change_routers(**values):
+def mixtures(model):
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+
+def change_routing(**values):
     def mutate(model, patch):
-        for _, router in model.routers():
-            router.config = router.config.model_copy(update=values)
+        for mixture in mixtures(model):
+            mixture.config = mixture.config.model_copy(update=values)
 
     return mutate
 
@@ -227,14 +233,14 @@ def change_gates(gate):
     """`gate(scores, biased scores)` of the chosen experts instead of ours, which normalises the scores."""
 
     def mutate(model, patch):
-        def mutated(logits_TE, bias_E, *, route_scale, **options):
-            routing = route(logits_TE, bias_E, route_scale=route_scale, **options)
-            scores_TK, biased_TK = (
-                x.gather(1, routing.expert_TK) for x in (routing.score_TE, routing.score_TE + bias_E)
-            )
-            return routing._replace(gate_TK=gate(scores_TK, biased_TK) * route_scale)
+        for mixture in mixtures(model):
+            mixture.ops = replace(mixture.ops, route=partial(mutated, mixture.ops.route))
 
-        patch.setattr(feed_forward, "route", mutated)
+    def mutated(right, logits_TE, bias_E, *, route_scale, **options):
+        routing = right(logits_TE, bias_E, route_scale=route_scale, **options)
+        score_TE = logits_TE.sigmoid()
+        scores_TK, biased_TK = (x.gather(1, routing.expert_TK) for x in (score_TE, score_TE + bias_E))
+        return routing._replace(gate_TK=gate(scores_TK, biased_TK) * route_scale)
 
     return mutate
 
@@ -287,9 +293,9 @@ MUTATIONS = {
     "bias in the gates": change_gates(lambda scores, biased: normalised(biased)),
     "softmax over the chosen": change_gates(lambda scores, biased: scores.softmax(-1)),
     "bias not in the choice": no_bias,
-    "groups ignored": change_routers(n_expert_groups=1, n_limited_groups=1),
+    "groups ignored": change_routing(n_expert_groups=1, n_limited_groups=1),
     "a group scored by its best expert alone": best_expert_scores_its_group,
-    "no route_scale": change_routers(route_scale=1.0),
+    "no route_scale": change_routing(route_scale=1.0),
     "no shared experts": no_shared_experts,
     "gate and up exchanged": gate_and_up_exchanged,
 }

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from nmoe.kernels.experts import moe_experts
 from nmoe.kernels.ops import select_ops
-from nmoe.kernels.reference.routing import index_rows
+from nmoe.kernels.reference.routing import Routing, index_rows
 from nmoe.rdep.errors import RdepError, TransportUnavailableError
 from nmoe.rdep.schema import RdepConfig
 from nmoe.rdep.transport import LocalTransport, open_transport
@@ -13,35 +12,36 @@ OPS = select_ops("reference", "cpu")
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 17, 6, 4, 5, 2
 
 
-def draw(n_reached: int = EXPERTS) -> tuple[torch.Tensor, ...]:
-    """x, experts (the first `n_reached` only), gates, w13, w2."""
+def draw(n_reached: int = EXPERTS) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
+    """x, a routing (to the first `n_reached` experts only), w13, w2."""
     torch.manual_seed(0)
     expert_TK = torch.rand(TOKENS, n_reached).argsort(1)[:, :TOP_K].contiguous()
     weights = torch.randn(EXPERTS, 2, HIDDEN, WIDTH), torch.randn(EXPERTS, WIDTH, HIDDEN)
-    return torch.randn(TOKENS, WIDTH), expert_TK, torch.rand(TOKENS, TOP_K), *weights
+    return torch.randn(TOKENS, WIDTH), Routing(expert_TK, torch.rand(TOKENS, TOP_K)), *weights
 
 
 @pytest.mark.parametrize("n_reached", [EXPERTS, 2])
 def test_local_equals_the_experts_bit_for_bit(n_reached: int) -> None:
-    x, expert_TK, gate_TK, w13, w2 = draw(n_reached)
-    out, _ = LocalTransport().routed_experts(OPS, x, expert_TK, gate_TK, w13, w2)
-    assert torch.equal(out, moe_experts(OPS, x, index_rows(expert_TK, EXPERTS), gate_TK, w13, w2))
+    x, routing, w13, w2 = draw(n_reached)
+    out, _ = LocalTransport().routed_experts(OPS, x, routing, w13, w2)
+    index = index_rows(routing.expert_TK, EXPERTS)
+    assert torch.equal(out, OPS.experts(x, index, routing.gate_TK, w13, w2))
 
 
 def test_local_equals_each_token_alone() -> None:
     """A token's output does not depend on the tokens beside it."""
-    x, expert_TK, gate_TK, w13, w2 = draw()
-    out, _ = LocalTransport().routed_experts(OPS, x, expert_TK, gate_TK, w13, w2)
+    x, routing, w13, w2 = draw()
+    out, _ = LocalTransport().routed_experts(OPS, x, routing, w13, w2)
     for t in range(TOKENS):
-        alone = slice(t, t + 1)
-        one, _ = LocalTransport().routed_experts(OPS, x[alone], expert_TK[alone], gate_TK[alone], w13, w2)
+        alone = Routing(*(part[t : t + 1] for part in routing))
+        one, _ = LocalTransport().routed_experts(OPS, x[t : t + 1], alone, w13, w2)
         torch.testing.assert_close(one[0], out[t], rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_reach_every_input() -> None:
-    x, expert_TK, gate_TK, w13, w2 = draw()
-    leaves = [tensor.requires_grad_() for tensor in (x, gate_TK, w13, w2)]
-    out, load_E = LocalTransport().routed_experts(OPS, x, expert_TK, gate_TK, w13, w2)
+    x, routing, w13, w2 = draw()
+    leaves = [tensor.requires_grad_() for tensor in (x, routing.gate_TK, w13, w2)]
+    out, load_E = LocalTransport().routed_experts(OPS, x, routing, w13, w2)
     out.square().sum().backward()
     assert all(leaf.grad is not None and leaf.grad.any() for leaf in leaves)
     assert not load_E.requires_grad
@@ -49,11 +49,11 @@ def test_gradients_reach_every_input() -> None:
 
 @pytest.mark.parametrize("n_reached", [EXPERTS, 2])
 def test_load_counts_every_routed_row_once(n_reached: int) -> None:
-    x, expert_TK, gate_TK, w13, w2 = draw(n_reached)
-    _, load_E = LocalTransport().routed_experts(OPS, x, expert_TK, gate_TK, w13, w2)
+    x, routing, w13, w2 = draw(n_reached)
+    _, load_E = LocalTransport().routed_experts(OPS, x, routing, w13, w2)
     assert load_E.dtype == torch.int32
     assert load_E.sum() == TOKENS * TOP_K
-    assert load_E.tolist() == [int((expert_TK == expert).sum()) for expert in range(EXPERTS)]
+    assert load_E.tolist() == [int((routing.expert_TK == expert).sum()) for expert in range(EXPERTS)]
 
 
 def test_local_is_what_one_rank_opens() -> None:

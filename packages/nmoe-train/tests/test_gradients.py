@@ -39,6 +39,49 @@ def test_zero_starts_a_new_step():
     assert gradients.norm().item() == 0.0
 
 
+def test_nothing_of_the_last_step_survives():
+    """Neither where a gradient came nor where none did, not even a NaN."""
+    ours, plain = model(), model()
+    gradients = Gradients(ours.named_parameters())
+    for step in range(3):
+        gradients.zero()
+        plain.zero_grad()
+        for x in torch.randn(2, 2, 4):  # the first overwrites, the second is added
+            ours[0](x).sum().backward()
+            plain[0](x).sum().backward()
+        for name, parameter in plain[0].named_parameters(prefix="0"):
+            assert torch.equal(gradients.by_name[name], parameter.grad), f"{name} in step {step}"
+        assert not gradients.by_name["1.weight"].any(), "no gradient reached it"
+        for parameter in ours.parameters():
+            parameter.main_grad.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("read", ["by_name", "norm", "not_finite"])
+def test_every_reader_clears_what_no_gradient_has_reached(read):
+    ours = model()
+    gradients = Gradients(ours.named_parameters())
+    for parameter in ours.parameters():
+        parameter.main_grad.fill_(float("nan"))
+    gradients.zero()
+    ours[0](torch.ones(1, 4)).sum().backward()
+    if read == "norm":
+        assert gradients.norm().item() == pytest.approx((5 * 4 + 5) ** 0.5)
+    elif read == "not_finite":
+        assert gradients.not_finite() == []
+    else:
+        assert not gradients.by_name["1.weight"].any()
+    ours[1](torch.ones(1, 5)).sum().backward()
+    assert gradients.by_name["1.weight"].eq(1.0).all(), "a gradient after a reading is added to the zeros"
+    assert gradients.by_name["0.bias"].eq(1.0).all(), "reading again clears nothing"
+
+
+def test_a_new_step_touches_no_memory():
+    gradients = Gradients(model().named_parameters())
+    before = {name: grad.fill_(3.0) for name, grad in gradients.by_name.items()}
+    gradients.zero()
+    assert all(grad.eq(3.0).all() for grad in before.values())
+
+
 def test_norm_and_clipping_equal_torchs():
     ours, plain = model(), model()
     gradients = Gradients(ours.named_parameters())

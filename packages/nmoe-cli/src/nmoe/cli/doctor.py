@@ -169,13 +169,12 @@ def _gpu(index: int) -> Check:
 
 
 def _compilers(device: Device) -> Iterator[Check]:
-    for name, probe, used in (("triton", _triton, True), ("nvrtc", _nvrtc, False), ("cute dsl", _cute, False)):
+    for name, probe in (("triton", _triton), ("nvrtc", _nvrtc)):
         try:
             yield Check(name, Status.OK, probe())
         except Exception as error:  # any failure of a third party's import or compiler is the finding
-            status = Status.BROKEN if used and device == "cuda" else Status.MISSING
-            means = "native kernels need it, on a GPU" if used else "no kernel of this version needs it"
-            yield Check(name, status, _first_line(error), means)
+            status = Status.BROKEN if device == "cuda" else Status.MISSING
+            yield Check(name, status, _first_line(error), "native kernels need it, on a GPU")
 
 
 def _triton() -> str:
@@ -192,12 +191,6 @@ def _nvrtc() -> str:
 
     Program('extern "C" __global__ void probe() {}', "c++", ProgramOptions(arch=_PROBE_ARCH)).compile("cubin")
     return f"compiles for {_PROBE_ARCH} (cuda-core {_version('cuda-core')})"
-
-
-def _cute() -> str:
-    import cutlass.cute  # noqa: F401 - that it loads is the finding
-
-    return f"loads ({_version('nvidia-cutlass-dsl')})"
 
 
 def _version(package: str) -> str | None:

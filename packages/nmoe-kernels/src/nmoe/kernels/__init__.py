@@ -11,7 +11,7 @@ _EXPORTS = {
     "detect_arch": "arch",
     "device_limits": "arch",
     "linear_cross_entropy": "reference.cross_entropy",
-    "moe_experts": "experts",
+    "router_logits": "router",
     "select_ops": "ops",
 }
 __all__ = list(_EXPORTS)

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from nmoe.kernels.errors import UnsupportedArchError
 
-NATIVE_ARCHES = ("sm_90a",)
-"""Arches that the native tier has been run on."""
+NATIVE_ARCHES = ("sm_90a", "sm_100a")
+"""Arches that the native tier has kernels for. Those for `sm_100a` are compiled, and have never been run."""
 
 
 @dataclass(frozen=True)

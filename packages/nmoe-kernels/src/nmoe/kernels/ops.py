@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
@@ -13,13 +14,22 @@ Tier = Literal["reference", "native"]
 
 @dataclass(frozen=True)
 class Ops:
-    """Ops of one tier. Each field's signature and shapes stand in the module under `reference` of the same name."""
+    """Ops of one tier. Each one's arguments and shapes stand in the module under `reference` that is named here.
+
+    The types of a routing and of an index are the tier's own: an op takes what its tier's other ops give.
+    """
 
     tier: Tier
     attention: Callable[..., torch.Tensor]
-    grouped_gemm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    grouped_wgrad: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    """`attention`"""
+    route: Callable[..., Any]
+    """`routing`: logits and bias to a routing with `expert_TK` and `gate_TK`."""
+    index_rows: Callable[[Any, int], Any]
+    """`routing`: a routing and the number of experts to an index with `offset_E`."""
+    experts: Callable[..., torch.Tensor]
+    """`experts`: x, index, gates, w13 and w2 to the gated sum of each token's experts."""
     adamw_: Callable[..., None]
+    """`adamw`"""
 
 
 def select_ops(tier: Tier, device: torch.device | str) -> Ops:
@@ -41,20 +51,49 @@ def select_ops(tier: Tier, device: torch.device | str) -> Ops:
             f"expected one of {', '.join(NATIVE_ARCHES)} for runtime.kernels = 'native', found {arch} "
             f"({torch.cuda.get_device_name(device)}): set runtime.kernels = 'reference'"
         )
-    return _native_ops()
+    return _native_ops(arch)
 
 
 def _reference_ops() -> Ops:
     from nmoe.kernels.reference.adamw import adamw_
     from nmoe.kernels.reference.attention import attention
+    from nmoe.kernels.reference.experts import GroupedGemms, experts
     from nmoe.kernels.reference.grouped_gemm import grouped_gemm, grouped_wgrad
+    from nmoe.kernels.reference.routing import index_rows, route
 
-    return Ops("reference", attention, grouped_gemm, grouped_wgrad, adamw_)
+    return Ops(
+        tier="reference",
+        attention=attention,
+        route=route,
+        index_rows=lambda routing, n_experts: index_rows(routing.expert_TK, n_experts),
+        experts=partial(experts, GroupedGemms(grouped_gemm, grouped_wgrad)),
+        adamw_=adamw_,
+    )
 
 
-def _native_ops() -> Ops:
+def _native_ops(arch: str) -> Ops:
     from nmoe.kernels.native.adamw_triton import adamw_
     from nmoe.kernels.native.attention_cudnn import attention
-    from nmoe.kernels.native.grouped_gemm_torch import grouped_gemm, grouped_wgrad
+    from nmoe.kernels.native.routing_cuda import index_rows, route
 
-    return Ops("native", attention, grouped_gemm, grouped_wgrad, adamw_)
+    return Ops(
+        tier="native",
+        attention=attention,
+        route=route,
+        index_rows=lambda routing, n_experts: index_rows(routing.expert_TK, n_experts, routing.histogram_BE),
+        experts=_hopper_experts() if arch == "sm_90a" else _blackwell_experts(),
+        adamw_=adamw_,
+    )
+
+
+def _hopper_experts() -> Callable[..., torch.Tensor]:
+    from nmoe.kernels.native.experts_cuda import experts
+
+    return experts
+
+
+def _blackwell_experts() -> Callable[..., torch.Tensor]:
+    from nmoe.kernels.native.grouped_gemm_triton import grouped_gemm, grouped_wgrad
+    from nmoe.kernels.reference.experts import GroupedGemms, experts
+
+    return partial(experts, GroupedGemms(grouped_gemm, grouped_wgrad))

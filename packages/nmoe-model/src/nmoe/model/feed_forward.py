@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.routing import Routing, route
 from nmoe.kernels.reference.swiglu import swiglu
+from nmoe.kernels.router import router_logits
 from nmoe.model.schema import ModelConfig
 from nmoe.rdep.transport import Transport
 from torch import nn
@@ -38,7 +38,7 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Scores in fp32, whatever the model's precision: weight and bias stay fp32 too."""
+    """Logits in fp32, whatever the model's precision: weight and bias stay fp32 too."""
 
     bias: torch.Tensor
     load: torch.Tensor
@@ -51,18 +51,9 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(n_experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(n_experts, dtype=torch.float32), persistent=False)
 
-    def forward(self, x_TD: torch.Tensor) -> Routing:
-        """Experts and gates of each token."""
-        assert self.config.n_activated_experts, "the schema requires K of a model with experts"
-        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
-        return route(
-            logits_TE,
-            self.bias,
-            top_k=self.config.n_activated_experts,
-            n_groups=self.config.n_expert_groups,
-            n_limited_groups=self.config.n_limited_groups,
-            route_scale=self.config.route_scale,
-        )
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Logits (T, E) of each token's experts."""
+        return router_logits(x_TD, self.weight)
 
     @torch.no_grad()
     def update_bias(self) -> None:
@@ -97,30 +88,38 @@ class MixtureOfExperts(nn.Module):
     def forward(self, x_BSD: torch.Tensor) -> MoeOutput:
         """(B, S, D) to (B, S, D). In training mode the router's load counts every routed row."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)
-        out_TD, load_E = self.transport.routed_experts(
-            self.ops, x_TD, routing.expert_TK, routing.gate_TK, self.experts.w13, self.experts.w2
+        logits_TE = self.router(x_TD)
+        assert self.config.n_activated_experts, "the schema requires K of a model with experts"
+        routing = self.ops.route(
+            logits_TE,
+            self.router.bias,
+            top_k=self.config.n_activated_experts,
+            n_groups=self.config.n_expert_groups,
+            n_limited_groups=self.config.n_limited_groups,
+            route_scale=self.config.route_scale,
         )
+        out_TD, load_E = self.transport.routed_experts(self.ops, x_TD, routing, self.experts.w13, self.experts.w2)
         if self.training:
             self.router.load += load_E
         if self.has_shared:
             out_TD = out_TD + self.shared(x_TD)
-        balance = self._balance_loss(routing, x_BSD.shape[0]) if self.training else None
+        balance = self._balance_loss(logits_TE, routing.expert_TK, x_BSD.shape[0]) if self.training else None
         return MoeOutput(out_TD.view_as(x_BSD), balance)
 
-    def _balance_loss(self, routing: Routing, n_sequences: int) -> torch.Tensor | None:
+    def _balance_loss(self, logits_TE: torch.Tensor, expert_TK: torch.Tensor, n_sequences: int) -> torch.Tensor | None:
         per_sequence, per_batch = self.config.seq_balance_loss, self.config.aux_loss
         if not per_sequence and not per_batch:
             return None
-        share_TE = routing.score_TE / routing.score_TE.sum(-1, keepdim=True)
+        score_TE = logits_TE.sigmoid()
+        share_TE = score_TE / score_TE.sum(-1, keepdim=True)
         loss = share_TE.new_zeros(())
         if per_sequence:
             # Equation 18 counts the best experts by score alone: the bias must not hide what the scores prefer.
-            order_TE = torch.sort(routing.score_TE.detach(), dim=-1, descending=True, stable=True).indices
-            best_TK = order_TE[:, : routing.expert_TK.shape[1]]
+            order_TE = torch.sort(score_TE.detach(), dim=-1, descending=True, stable=True).indices
+            best_TK = order_TE[:, : expert_TK.shape[1]]
             loss = loss + per_sequence * _imbalance(share_TE, best_TK, n_sequences)
         if per_batch:
-            loss = loss + per_batch * n_sequences * _imbalance(share_TE, routing.expert_TK, 1)
+            loss = loss + per_batch * n_sequences * _imbalance(share_TE, expert_TK.long(), 1)
         return loss
 
 

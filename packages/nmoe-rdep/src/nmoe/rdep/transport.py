@@ -3,12 +3,10 @@
 Shapes: T tokens, D model width, F expert width, E experts in all, e experts on this rank, K experts per token.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from nmoe.kernels.experts import moe_experts
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.routing import index_rows
 from nmoe.rdep.errors import TransportUnavailableError
 from nmoe.rdep.schema import RdepConfig
 
@@ -20,12 +18,14 @@ class Transport(Protocol):
         self,
         ops: Ops,
         x_TD: torch.Tensor,
-        expert_TK: torch.Tensor,
-        gate_TK: torch.Tensor,
+        routing: Any,
         w13_e2FD: torch.Tensor,
         w2_eDF: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gated sum of each token's experts, (T, D), and this rank's load, int32 (E) rows a global expert."""
+        """The gated sum of each token's experts, (T, D), and this rank's load, int32 (E) rows a global expert.
+
+        `routing` is what `ops.route` gave for the tokens.
+        """
         ...
 
 
@@ -36,14 +36,13 @@ class LocalTransport:
         self,
         ops: Ops,
         x_TD: torch.Tensor,
-        expert_TK: torch.Tensor,
-        gate_TK: torch.Tensor,
+        routing: Any,
         w13_e2FD: torch.Tensor,
         w2_eDF: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Transport.routed_experts`."""
-        index = index_rows(expert_TK, w13_e2FD.shape[0])
-        return moe_experts(ops, x_TD, index, gate_TK, w13_e2FD, w2_eDF), index.offset_E.diff()
+        index = ops.index_rows(routing, w13_e2FD.shape[0])
+        return ops.experts(x_TD, index, routing.gate_TK, w13_e2FD, w2_eDF), index.offset_E.diff()
 
 
 def open_transport(config: RdepConfig, world_size: int) -> Transport:

@@ -1,30 +1,40 @@
 """fp32 gradient accumulators, one a parameter, and what is asked of them: norm, clipping, where one is not finite."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from nmoe.kernels.main_grad import deliver
 from torch import nn
 
 
 class Gradients:
     """Gives every parameter a `main_grad` that sums over the micro-batches of a step.
 
-    Ops with hand-derived backwards add to it themselves; the gradients that autograd leaves in `.grad` are moved there
-    as soon as they are whole, so that no second copy of the model's gradients exists.
+    Ops with hand-derived backwards write to it themselves; the gradients that autograd leaves in `.grad` are moved
+    there as soon as they are whole, so that no second copy of the model's gradients exists. A step's first gradient
+    overwrites what the last step left: only accumulators that none has reached are cleared, when they are read.
     """
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self.by_name: dict[str, torch.Tensor] = {}
-        for name, parameter in parameters:
+        self._parameters = dict(parameters)
+        self._by_name: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            accumulator = torch.zeros_like(parameter, dtype=wide)
-            parameter.main_grad = accumulator  # type: ignore[attr-defined]
+            self._by_name[name] = torch.empty_like(parameter, dtype=wide, requires_grad=False)
+            parameter.main_grad = self._by_name[name]  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
-            self.by_name[name] = accumulator
+        self.zero()
 
     def zero(self) -> None:
-        """Starts a new step."""
-        torch._foreach_zero_(list(self.by_name.values()))
+        """Starts a new step. No memory is touched: what stands in the accumulators no longer counts."""
+        for parameter in self._parameters.values():
+            parameter.main_grad_stale = True  # type: ignore[attr-defined]
+
+    @property
+    def by_name(self) -> Mapping[str, torch.Tensor]:
+        """The step's gradients so far; zeros for a parameter that had none."""
+        self._settle()
+        return self._by_name
 
     def norm(self) -> torch.Tensor:
         """Global 2-norm, a scalar on the device."""
@@ -35,6 +45,12 @@ class Gradients:
         """Names of the parameters whose gradients hold a NaN or an infinity."""
         return [name for name, grad in self.by_name.items() if not bool(torch.isfinite(grad).all())]
 
+    def _settle(self) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter.main_grad_stale:  # type: ignore[attr-defined]
+                self._by_name[name].zero_()
+                parameter.main_grad_stale = False  # type: ignore[attr-defined]
+
 
 def clip_factor(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
     """Factor that brings a gradient of this norm under `limit`; 1 where it is under it, or no limit is set."""
@@ -44,7 +60,7 @@ def clip_factor(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
 
 
 def _move_to_main_grad(parameter: torch.Tensor) -> None:
-    if parameter.grad is None:  # an op with a hand-derived backward has added to main_grad itself
+    if parameter.grad is None:  # an op with a hand-derived backward has written to main_grad itself
         return
-    parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+    deliver(parameter, parameter.grad)
     parameter.grad = None

@@ -17,8 +17,13 @@ def grouped_gemm(a_RN: torch.Tensor, weight_eNM: torch.Tensor, offset_E: torch.T
     return out_RM
 
 
-def grouped_wgrad(a_RM: torch.Tensor, b_RN: torch.Tensor, offset_E: torch.Tensor, into_eMN: torch.Tensor) -> None:
-    """Adds `a[rows of e]ᵀ @ b[rows of e]` to `into[e]`, whose dtype may be wider than the operands'."""
+def grouped_wgrad(
+    a_RM: torch.Tensor, b_RN: torch.Tensor, offset_E: torch.Tensor, into_eMN: torch.Tensor, *, add: bool
+) -> None:
+    """`a[rows of e]ᵀ @ b[rows of e]` into `into[e]`, whose dtype may be wider than the operands': added, or instead of
+    what is there, which is zeros for an expert without rows."""
+    if not add:
+        into_eMN.zero_()
     for expert, (start, end) in _ranges(offset_E):
         add_mm_wide(into_eMN[expert], a_RM[start:end].t(), b_RN[start:end])
 

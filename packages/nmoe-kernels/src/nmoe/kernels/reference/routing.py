@@ -16,8 +16,6 @@ class Routing(NamedTuple):
     """int64, in falling order of biased score; ties go to the lower expert id."""
     gate_TK: torch.Tensor
     """fp32 weights: unbiased scores, normalised over the K chosen, times the route scale."""
-    score_TE: torch.Tensor
-    """fp32 sigmoid scores of all experts."""
 
 
 class RowIndex(NamedTuple):
@@ -61,7 +59,7 @@ def route(
     expert_TK = torch.sort(choice_TE, dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     chosen_TK = score_TE.gather(1, expert_TK)
     gate_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + 1e-20) * route_scale
-    return Routing(expert_TK, gate_TK, score_TE)
+    return Routing(expert_TK, gate_TK)
 
 
 def _mask_groups(choice_TE: torch.Tensor, n_groups: int, n_limited_groups: int) -> torch.Tensor:

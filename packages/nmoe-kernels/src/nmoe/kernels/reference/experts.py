@@ -6,20 +6,43 @@ and the indices are kept. The gate's gradient comes from ungated rows, so a gate
 Shapes: T tokens, D model width, F expert width, e experts, K experts per token, R = T·K rows.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from nmoe.kernels.errors import ShapeError
-from nmoe.kernels.main_grad import main_grad
-from nmoe.kernels.reference.routing import RowIndex
+from nmoe.kernels.main_grad import claim
 from nmoe.kernels.reference.swiglu import swiglu_backward, swiglu_forward
 
-if TYPE_CHECKING:
-    from nmoe.kernels.ops import Ops
+
+class GroupedGemms(NamedTuple):
+    """The two products that the experts are made of; signatures in `nmoe.kernels.reference.grouped_gemm`."""
+
+    grouped_gemm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    grouped_wgrad: Callable[..., None]
 
 
-def moe_experts(
-    ops: "Ops",
+class RowIndex(Protocol):
+    """What the experts read of an index, int32 or int64; see `nmoe.kernels.reference.routing.RowIndex`."""
+
+    @property
+    def order_R(self) -> torch.Tensor:
+        """Flat (token, slot) index of each row."""
+        ...
+
+    @property
+    def row_TK(self) -> torch.Tensor:
+        """The row of each (token, slot)."""
+        ...
+
+    @property
+    def offset_E(self) -> torch.Tensor:
+        """First row of each expert, and the number of rows."""
+        ...
+
+
+def experts(
+    gemms: GroupedGemms,
     x_TD: torch.Tensor,
     index: RowIndex,
     gate_TK: torch.Tensor,
@@ -29,7 +52,7 @@ def moe_experts(
     """`Σ_k gate[t, k] · expert_{expert[t, k]}(x[t])`, summed in slot order in fp32.
 
     Args:
-        ops: the tier whose grouped products are used.
+        gemms: the grouped products to use.
         x_TD: tokens.
         index: the tokens' rows in expert order (`nmoe.kernels.reference.routing.index_rows`).
         gate_TK: fp32 weights (fp64 for gradient checks).
@@ -53,14 +76,14 @@ def moe_experts(
             f"expected rows and gates (T, K) with T = {x_TD.shape[0]}; "
             f"found {tuple(index.row_TK.shape)} and {tuple(gate_TK.shape)}"
         )
-    return _Experts.apply(ops, x_TD, index, gate_TK, w13_e2FD, w2_eDF)
+    return _Experts.apply(gemms, x_TD, index, gate_TK, w13_e2FD, w2_eDF)
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        ops: "Ops",
+        gemms: GroupedGemms,
         x_TD: torch.Tensor,
         index: RowIndex,
         gate_TK: torch.Tensor,
@@ -68,21 +91,21 @@ class _Experts(torch.autograd.Function):
         w2_eDF: torch.Tensor,
     ) -> torch.Tensor:
         rows_RD = x_TD[index.order_R // gate_TK.shape[1]]
-        pre_R2F = ops.grouped_gemm(rows_RD, w13_e2FD.flatten(1, 2).transpose(1, 2), index.offset_E)
-        y_RD = ops.grouped_gemm(swiglu_forward(pre_R2F), w2_eDF.transpose(1, 2), index.offset_E)
-        ctx.ops, ctx.w13, ctx.w2 = ops, w13_e2FD, w2_eDF
-        ctx.save_for_backward(x_TD, gate_TK, pre_R2F, *index)
+        pre_R2F = gemms.grouped_gemm(rows_RD, w13_e2FD.flatten(1, 2).transpose(1, 2), index.offset_E)
+        y_RD = gemms.grouped_gemm(swiglu_forward(pre_R2F), w2_eDF.transpose(1, 2), index.offset_E)
+        ctx.gemms, ctx.w13, ctx.w2 = gemms, w13_e2FD, w2_eDF
+        ctx.save_for_backward(x_TD, gate_TK, pre_R2F, index.order_R, index.row_TK, index.offset_E)
         return _sum_slots(y_RD, index.row_TK, gate_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ops, w13_e2FD, w2_eDF = ctx.ops, ctx.w13, ctx.w2
+        gemms, w13_e2FD, w2_eDF = ctx.gemms, ctx.w13, ctx.w2
         x_TD, gate_TK, pre_R2F, order_R, row_TK, offset_E = ctx.saved_tensors
         token_R = order_R // gate_TK.shape[1]
         gate_R1 = gate_TK.reshape(-1)[order_R, None]
 
         dout_RD = grads[0][token_R]
-        dh_RF = ops.grouped_gemm(dout_RD, w2_eDF, offset_E)  # of ungated rows
+        dh_RF = gemms.grouped_gemm(dout_RD, w2_eDF, offset_E)  # of ungated rows
         h_RF = swiglu_forward(pre_R2F)
         wide = torch.promote_types(h_RF.dtype, gate_TK.dtype)
         dgate_R = (dh_RF.to(wide) * h_RF).sum(-1)
@@ -90,22 +113,23 @@ class _Experts(torch.autograd.Function):
         dpre_R2F = swiglu_backward((dh_RF * gate_R1).to(h_RF.dtype), pre_R2F)
         del dh_RF
 
-        dw2 = _wgrad(ops, dout_RD, (h_RF * gate_R1).to(h_RF.dtype), offset_E, w2_eDF)
+        dw2 = _wgrad(gemms, dout_RD, (h_RF * gate_R1).to(h_RF.dtype), offset_E, w2_eDF)
         del dout_RD, h_RF
-        dw13 = _wgrad(ops, dpre_R2F, x_TD[token_R], offset_E, w13_e2FD)
-        dx_RD = ops.grouped_gemm(dpre_R2F, w13_e2FD.flatten(1, 2), offset_E)
+        dw13 = _wgrad(gemms, dpre_R2F, x_TD[token_R], offset_E, w13_e2FD)
+        dx_RD = gemms.grouped_gemm(dpre_R2F, w13_e2FD.flatten(1, 2), offset_E)
         return None, _sum_slots(dx_RD, row_TK, None), None, dgate_TK, dw13, dw2
 
 
 def _wgrad(
-    ops: "Ops", a_RM: torch.Tensor, b_RN: torch.Tensor, offset_E: torch.Tensor, weight: torch.Tensor
+    gemms: GroupedGemms, a_RM: torch.Tensor, b_RN: torch.Tensor, offset_E: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor | None:
     if not weight.requires_grad:
         return None
-    accumulator = main_grad(weight)
-    into = torch.zeros_like(weight) if accumulator is None else accumulator
-    ops.grouped_wgrad(a_RM, b_RN, offset_E, into.view(weight.shape[0], a_RM.shape[1], b_RN.shape[1]))
-    return into if accumulator is None else None
+    claimed = claim(weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    into, add = (torch.empty_like(weight, dtype=wide), False) if claimed is None else claimed
+    gemms.grouped_wgrad(a_RM, b_RN, offset_E, into.view(weight.shape[0], a_RM.shape[1], b_RN.shape[1]), add=add)
+    return into.to(weight.dtype) if claimed is None else None
 
 
 def _sum_slots(y_RD: torch.Tensor, row_TK: torch.Tensor, gate_TK: torch.Tensor | None) -> torch.Tensor:

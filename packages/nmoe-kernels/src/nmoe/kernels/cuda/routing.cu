@@ -1,0 +1,423 @@
+// Router selection and the order of routed rows. Nothing here is read back to the host, no atomic decides a place, and
+// every grid follows from sizes that the host knows.
+//
+// Shapes: T tokens, E experts, K experts per token, R = T*K rows. A flat row index is t*K + k.
+// Tokens are cut into CHUNKS equal runs, one block each: `route` counts each chunk's rows per expert, and `index_rows`
+// sums the counts of earlier chunks and places its own.
+//
+// Macros: CHUNKS; BLOCK_ROWS, rows of one schedule entry; SCHEDULE_HEAD, words before the first; SLOTS (only of a compile for `route`), experts per lane of
+// the quick selection (4, 8 or 16), 0 for none.
+
+constexpr unsigned FULL = 0xffffffffu;
+
+__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
+
+struct Chunk {
+  int first, last;
+};
+
+__device__ __forceinline__ Chunk chunk_of(int block, int n_tokens) {
+  const int size = n_tokens / CHUNKS + (n_tokens % CHUNKS != 0);
+  const int first = smaller(block * size, n_tokens);
+  return {first, smaller(first + size, n_tokens)};
+}
+
+#ifdef SLOTS
+
+// ---------------------------------------------------------------------------------------------------------------------
+// route: one warp a token
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int LOWEST = -2147483647 - 1;
+constexpr int NONE = 2147483647;
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The operations of torch.sigmoid in fp32, so that the choice is the reference's.
+__device__ __forceinline__ float sigmoid(float x) { return __frcp_rn(1.0f + expf(-x)); }
+
+// Integers in the order of floats, NaN above all as in torch.sort. A score is never -0, so neither is score + bias.
+__device__ __forceinline__ int order_key(float choice) {
+  const int bits = __float_as_int(choice);
+  return choice != choice ? NONE : bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// Lane k of the first `top_k` gets the k-th expert. Right for all inputs: exact keys, the lower id where they are
+// equal. `key_E` is this warp's; lane l alone touches experts l, l + 32, ...
+__device__ __noinline__ int select_exact(const float* logit_E, const float* bias_E, int* key_E, int n_experts,
+                                         int top_k, int lane) {
+  int best = LOWEST, best_id = NONE, mine = 0;
+  for (int e = lane; e < n_experts; e += 32) {
+    const int key = order_key(__fadd_rn(sigmoid(logit_E[e]), bias_E[e]));
+    key_E[e] = key;
+    if (key > best) best = key, best_id = e;
+  }
+  for (int k = 0; k < top_k; ++k) {
+    const int top = __reduce_max_sync(FULL, best);
+    const int id = __reduce_min_sync(FULL, best == top ? best_id : NONE);
+    if (lane == k) mine = id;
+    if (best_id == id) {
+      key_E[id] = LOWEST;
+      best = LOWEST, best_id = NONE;
+      for (int e = lane; e < n_experts; e += 32)
+        if (key_E[e] > best) best = key_E[e], best_id = e;
+    }
+  }
+  return mine;
+}
+
+#if SLOTS
+
+// The quick selection compares 23-bit fixed-point choices: score + bias + SHIFT lies in [8, 16), where a float's
+// mantissa counts units of 2^-20. With an expert's id below it a key is unique, and one integer maximum finds value and
+// id. A NaN is 0x7fffffff after any fp32 addition, hence above all.
+//
+// Error of a choice against the reference's fp32, in units: two roundings at [8, 16) 1/2 each, the reference's own
+// rounding of score + bias 1/8, and both sigmoids 3/8; 1.5 in all, so that keys SAFE_GAP apart are in the reference's
+// order. Where the K + 1 best are not all so far apart, and where a bias is beyond MAX_BIAS, the exact selection
+// decides.
+constexpr int ID_BITS = 9;
+constexpr unsigned LAST_ID = (1u << ID_BITS) - 1;
+constexpr float SHIFT = 12.0f;
+constexpr float MAX_BIAS = 2.5f;
+constexpr unsigned SAFE_GAP = 4;
+constexpr int DEPTH = 4;
+#define MINUS_INF __int_as_float(static_cast<int>(0xff800000u))
+static_assert(SLOTS % DEPTH == 0 && SLOTS * 32 <= LAST_ID + 1, "an expert's id has ID_BITS");
+
+__device__ __forceinline__ void order(unsigned& a, unsigned& b) {
+  const unsigned low = a < b ? a : b;
+  a = a < b ? b : a;
+  b = low;
+}
+
+// `best` becomes the four best of itself, in falling order, and four more, in any order.
+__device__ __forceinline__ void merge(unsigned (&best)[DEPTH], unsigned (&more)[DEPTH], bool first) {
+  order(more[0], more[1]), order(more[2], more[3]), order(more[0], more[2]), order(more[1], more[3]);
+  order(more[1], more[2]);
+  if (first) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i) best[i] = more[i];
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < DEPTH; ++i) best[i] = best[i] > more[DEPTH - 1 - i] ? best[i] : more[DEPTH - 1 - i];
+  order(best[0], best[2]), order(best[1], best[3]), order(best[0], best[1]), order(best[2], best[3]);
+}
+
+// Slot s of a lane is this expert: four neighbours a lane, so that a lane loads 16 bytes.
+__device__ __forceinline__ int expert_of(int slot, int lane) { return slot / 4 * 128 + lane * 4 + slot % 4; }
+
+__device__ __forceinline__ void load_logits(float (&x)[SLOTS], const float* logit_E, int n_experts, bool vectors,
+                                            int lane) {
+#pragma unroll
+  for (int s = 0; s < SLOTS; s += 4) {
+    const int e = expert_of(s, lane);
+    if (vectors) {
+      const float4 four = e < n_experts ? *reinterpret_cast<const float4*>(logit_E + e)
+                                        : make_float4(MINUS_INF, MINUS_INF, MINUS_INF, MINUS_INF);
+      x[s] = four.x, x[s + 1] = four.y, x[s + 2] = four.z, x[s + 3] = four.w;
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[s + j] = e + j < n_experts ? logit_E[e + j] : MINUS_INF;
+    }
+  }
+}
+
+// As select_exact, but only if all lanes' `sure` is set on return.
+__device__ __forceinline__ int select_quick(const float (&logit)[SLOTS], const float (&shifted_bias)[SLOTS], int top_k,
+                                            int lane, bool& sure) {
+  unsigned best[DEPTH];
+#pragma unroll
+  for (int s = 0; s < SLOTS; s += DEPTH) {
+    unsigned more[DEPTH];
+#pragma unroll
+    for (int j = 0; j < DEPTH; ++j) {
+      const float score = reciprocal_approx(1.0f + exp2_approx(logit[s + j] * -1.4426950408889634f));
+      more[j] = (__float_as_uint(score + shifted_bias[s + j]) << ID_BITS) + (LAST_ID - expert_of(s + j, lane));
+    }
+    merge(best, more, s == 0);
+  }
+  unsigned mine = 0;
+  for (int k = 0; k <= top_k; ++k) {
+    const unsigned top = __reduce_max_sync(FULL, best[0]);
+    if (best[0] == top) {
+#pragma unroll
+      for (int i = 0; i + 1 < DEPTH; ++i) best[i] = best[i + 1];
+      best[DEPTH - 1] = 0;
+    }
+    if (lane == k) mine = top;
+  }
+  const unsigned next = __shfl_down_sync(FULL, mine, 1);
+  const bool apart = lane >= top_k || (mine >> ID_BITS) >= (next >> ID_BITS) + SAFE_GAP;
+  const bool exhausted = SLOTS > DEPTH && best[0] == 0;  // of the DEPTH that the lane kept: it may have had more
+  sure = sure && apart && !exhausted;
+  return LAST_ID - (mine & LAST_ID);
+}
+
+#endif  // SLOTS
+
+struct RouteParams {
+  const float* logits_TE;
+  const float* bias_E;
+  int* expert_TK;
+  float* gate_TK;
+  float* score_TK;      // of the chosen, for the backward
+  int* histogram_BE;    // rows per expert of each chunk
+  int n_tokens, n_experts, top_k;
+  float route_scale;
+};
+
+// Dynamic shared memory: histogram (E), keys (warps, E). 32 * SLOTS >= E if SLOTS is not 0.
+extern "C" __global__ void __launch_bounds__(SLOTS == 16 ? 512 : 1024, 1) route(const __grid_constant__ RouteParams p) {
+  extern __shared__ int shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  int* const count_E = shared;
+  int* const key_E = shared + p.n_experts * (1 + warp);
+  for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) count_E[e] = 0;
+  __syncthreads();
+
+  const Chunk chunk = chunk_of(blockIdx.x, p.n_tokens);
+#if SLOTS
+  const bool vectors = p.n_experts % 4 == 0 && reinterpret_cast<unsigned long long>(p.logits_TE) % 16 == 0;
+  float logit[SLOTS], shifted_bias[SLOTS];
+  bool quick = p.top_k < 32;  // the quick selection needs a lane for the expert after the last
+#pragma unroll
+  for (int s = 0; s < SLOTS; ++s) {
+    const int e = expert_of(s, lane);
+    const float bias = e < p.n_experts ? p.bias_E[e] : 0.0f;
+    quick = quick && fabsf(bias) <= MAX_BIAS;
+    shifted_bias[s] = e < p.n_experts ? bias + SHIFT : 8.0f;  // 8: below every expert
+  }
+  if (chunk.first + warp < chunk.last) {
+    const float* const logit_E = p.logits_TE + static_cast<long long>(chunk.first + warp) * p.n_experts;
+    load_logits(logit, logit_E, p.n_experts, vectors, lane);
+  }
+#endif
+  // A warp finds the experts of `group` tokens in turn, and then weighs them all at once, `room` lanes a token.
+  int room = 1;
+  while (room < p.top_k) room *= 2;
+  const int group = 32 / room, slot = lane % room, member = lane / room;
+  for (int t = chunk.first + warp; t < chunk.last; t += group * warps) {
+    int id = 0;
+    for (int i = 0; i < group && t + i * warps < chunk.last; ++i) {
+      const float* const logit_E = p.logits_TE + static_cast<long long>(t + i * warps) * p.n_experts;
+      int found;
+#if SLOTS
+      float following[SLOTS];  // its loads are under way while this token's experts are found
+      if (t + (i + 1) * warps < chunk.last)
+        load_logits(following, logit_E + static_cast<long long>(warps) * p.n_experts, p.n_experts, vectors, lane);
+      bool sure = quick;
+      found = select_quick(logit, shifted_bias, p.top_k, lane, sure);
+#pragma unroll
+      for (int s = 0; s < SLOTS; ++s) logit[s] = following[s];
+      if (!__all_sync(FULL, sure))
+#endif
+        found = select_exact(logit_E, p.bias_E, key_E, p.n_experts, p.top_k, lane);
+      const int mine = __shfl_sync(FULL, found, slot);
+      if (member == i) id = mine;
+    }
+    const int token = t + member * warps;
+    const bool chosen = slot < p.top_k && token < chunk.last;
+    const float score = chosen ? sigmoid(p.logits_TE[static_cast<long long>(token) * p.n_experts + id]) : 0.0f;
+    float total = score;
+    for (int step = room / 2; step; step /= 2) total += __shfl_xor_sync(FULL, total, step);
+    if (chosen) {
+      const long long at = static_cast<long long>(token) * p.top_k + slot;
+      p.expert_TK[at] = id;
+      p.score_TK[at] = score;
+      p.gate_TK[at] = __fmul_rn(__fdiv_rn(score, total + 1e-20f), p.route_scale);
+      atomicAdd(&count_E[id], 1);
+    }
+  }
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) p.histogram_BE[blockIdx.x * p.n_experts + e] = count_E[e];
+}
+
+#else  // SLOTS
+
+// ---------------------------------------------------------------------------------------------------------------------
+// route_backward: one warp a token
+// ---------------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
+  return x;
+}
+
+struct RouteBackwardParams {
+  const float* dgate_TK;
+  const int* expert_TK;
+  const float* score_TK;
+  float* dlogits_TE;
+  int n_tokens, n_experts, top_k;
+  float route_scale;
+};
+
+// gate_k = scale * s_k / S with S = sum(s) + 1e-20, hence ds_k = (scale * dgate_k - sum_j(dgate_j * gate_j)) / S; and
+// s = sigmoid(logit), hence dlogit = ds * s * (1 - s). Logits of experts not chosen get 0.
+extern "C" __global__ void __launch_bounds__(256) route_backward(const __grid_constant__ RouteBackwardParams p) {
+  const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (t >= p.n_tokens) return;
+  float* const dlogit_E = p.dlogits_TE + static_cast<long long>(t) * p.n_experts;
+  if (p.n_experts % 4 == 0) {
+    for (int e = lane * 4; e < p.n_experts; e += 128)
+      *reinterpret_cast<float4*>(dlogit_E + e) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  } else {
+    for (int e = lane; e < p.n_experts; e += 32) dlogit_E[e] = 0.0f;
+  }
+  const bool chosen = lane < p.top_k;
+  const long long at = static_cast<long long>(t) * p.top_k + lane;
+  const float score = chosen ? p.score_TK[at] : 0.0f;
+  const float dgate = chosen ? p.dgate_TK[at] : 0.0f;
+  const float total = warp_sum(score) + 1e-20f;
+  const float shared_term = warp_sum(dgate * (score / total * p.route_scale));
+  __syncwarp();  // the zeros are written
+  if (chosen)
+    dlogit_E[p.expert_TK[at]] = (p.route_scale * dgate - shared_term) / total * score * (1.0f - score);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// count_rows and index_rows: one block a chunk
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct IndexParams {
+  const int* expert_TK;
+  int* histogram_BE;  // rows per expert of each chunk: written by count_rows, read by index_rows
+  int* order_R;
+  int* token_R;
+  int* row_TK;
+  int* offset_E;
+  int* schedule;
+  int n_tokens, n_experts, top_k;
+};
+
+// Dynamic shared memory: counts (E).
+extern "C" __global__ void __launch_bounds__(1024) count_rows(const __grid_constant__ IndexParams p) {
+  extern __shared__ int count_E[];
+  for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) count_E[e] = 0;
+  __syncthreads();
+  const Chunk chunk = chunk_of(blockIdx.x, p.n_tokens);
+  for (int i = chunk.first * p.top_k + threadIdx.x; i < chunk.last * p.top_k; i += blockDim.x)
+    atomicAdd(&count_E[p.expert_TK[i]], 1);
+  __syncthreads();
+  for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) p.histogram_BE[blockIdx.x * p.n_experts + e] = count_E[e];
+}
+
+struct Pair {
+  int rows, blocks;
+};
+
+// Sum of the pairs of lower threads. All threads of the block call it; `scratch` has room for a block's warps.
+__device__ __forceinline__ Pair scan_before(Pair mine, Pair* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Pair sum = mine;
+#pragma unroll
+  for (int step = 1; step < 32; step <<= 1) {
+    const int rows = __shfl_up_sync(FULL, sum.rows, step), blocks = __shfl_up_sync(FULL, sum.blocks, step);
+    if (lane >= step) sum.rows += rows, sum.blocks += blocks;
+  }
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  Pair before = {sum.rows - mine.rows, sum.blocks - mine.blocks};
+  for (int w = 0; w < warp; ++w) before.rows += scratch[w].rows, before.blocks += scratch[w].blocks;
+  return before;
+}
+
+// Dynamic shared memory: before (E), offset (E + 1), first block (E + 1), cursor (warps, E).
+extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_constant__ IndexParams p) {
+  extern __shared__ int shared[];
+  __shared__ Pair scratch[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, n = p.n_experts;
+  int* const before_E = shared;            // rows of earlier chunks
+  int* const offset_E = before_E + n;      // first rows of all, then the first row of each expert
+  int* const entry_E = offset_E + n + 1;   // first schedule entry of each expert
+  int* const cursor_E = entry_E + n + 1;   // of warp w at w * E: rows in its part, then its next row
+  for (int i = threadIdx.x; i < n * (3 + warps) + 2; i += blockDim.x) shared[i] = 0;
+  __syncthreads();
+
+  const Chunk chunk = chunk_of(blockIdx.x, p.n_tokens);
+  const int first = chunk.first * p.top_k, last = chunk.last * p.top_k;
+  const int part = ((last - first + warps - 1) / warps + 31) / 32 * 32;
+  const int part_first = smaller(first + warp * part, last), part_last = smaller(part_first + part, last);
+  for (int i = part_first + lane; i < part_last; i += 32) atomicAdd(&cursor_E[warp * n + p.expert_TK[i]], 1);
+
+  const int threads = blockDim.x, strands = n < threads ? smaller(threads / n, CHUNKS) : 1;
+  for (int i = threadIdx.x; i < n * strands; i += blockDim.x) {
+    const int e = i % n;
+    int total = 0, before = 0;
+#pragma unroll 8
+    for (int b = i / n; b < CHUNKS; b += strands) {
+      const int rows = p.histogram_BE[b * n + e];
+      total += rows;
+      before += b < static_cast<int>(blockIdx.x) ? rows : 0;
+    }
+    atomicAdd(&offset_E[e], total);
+    atomicAdd(&before_E[e], before);
+  }
+  __syncthreads();
+
+  const int per_thread = (n + threads - 1) / threads;
+  const int e_first = smaller(threadIdx.x * per_thread, n), e_last = smaller(e_first + per_thread, n);
+  Pair sum = {0, 0};
+  for (int e = e_first; e < e_last; ++e) {
+    sum.rows += offset_E[e];
+    sum.blocks += (offset_E[e] + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  }
+  Pair at = scan_before(sum, scratch);
+  for (int e = e_first; e < e_last; ++e) {
+    const int rows = offset_E[e];
+    offset_E[e] = at.rows, entry_E[e] = at.blocks;
+    int row = at.rows + before_E[e];
+    for (int w = 0; w < warps; ++w) {
+      const int taken = cursor_E[w * n + e];
+      cursor_E[w * n + e] = row;
+      row += taken;
+    }
+    at.rows += rows, at.blocks += (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    if (e == n - 1) offset_E[n] = at.rows, entry_E[n] = at.blocks;
+  }
+  __syncthreads();
+
+  for (int at_32 = part_first; at_32 < part_last; at_32 += 32) {
+    const int i = at_32 + lane;
+    const int expert = i < part_last ? p.expert_TK[i] : -1;
+    const unsigned same = __match_any_sync(FULL, expert);
+    const int earlier = __popc(same & ((1u << lane) - 1));
+    if (expert >= 0) {
+      const int row = cursor_E[warp * n + expert] + earlier;
+      p.order_R[row] = i;
+      p.token_R[row] = i / p.top_k;
+      p.row_TK[i] = row;
+    }
+    __syncwarp();  // all have read the cursor
+    if (expert >= 0 && earlier == 0) cursor_E[warp * n + expert] += __popc(same);
+    __syncwarp();
+  }
+
+  for (int e = blockIdx.x; e < n; e += CHUNKS) {
+    const int entries = entry_E[e + 1] - entry_E[e];
+    for (int b = threadIdx.x; b < entries; b += blockDim.x) {
+      const int first = offset_E[e] + b * BLOCK_ROWS;
+      reinterpret_cast<int4*>(p.schedule)[SCHEDULE_HEAD / 4 + entry_E[e] + b] =
+          make_int4(e, first, smaller(BLOCK_ROWS, offset_E[e + 1] - first), 0);
+    }
+  }
+  if (blockIdx.x == 0) {
+    for (int e = threadIdx.x; e <= n; e += blockDim.x) p.offset_E[e] = offset_E[e];
+    if (threadIdx.x < SCHEDULE_HEAD) p.schedule[threadIdx.x] = threadIdx.x == 0 ? entry_E[n] : 0;
+  }
+}
+
+#endif  // SLOTS

@@ -1,0 +1,298 @@
+"""The grouped products of a rank's experts on Hopper, with what is fused to them: launches of `grouped_gemm_sm90.cu`
+and `grouped_wgrad_sm90.cu`. Nothing is read back to the host; no row is copied or padded.
+
+Callers give contiguous tensors on one device, bf16 but for gates, partial sums and weight gradients, which are fp32,
+with D and F multiples of 8 (TMA's strides are multiples of 16 bytes): `nmoe.kernels.native.experts_cuda` checks.
+
+Shapes: T tokens, D model width, F expert width, e experts, K experts per token, R = T·K rows in expert order.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from nmoe.kernels.native.routing_cuda import BLOCK_ROWS, RowIndex
+from nmoe.kernels.native.tiles import CANDIDATES, Tile, choose_tile
+from nmoe.kernels.runtime.cuda_source import CudaSource
+from nmoe.kernels.runtime.launch import CudaKernel, TensorMap, tensor_map
+
+_ARCHES = ("sm_90a",)
+_THREADS = 384
+_SHARED_BYTES = 232_448 - 1024  # a block's most, less what barriers and alignment may take
+_STEP_BYTES = 128  # of the reduction, per row and stage
+_BARRIER_BYTES = 16  # per stage
+_QUEUE_BYTES = 64  # of tile_queue.cuh
+_STAGING_BYTES = 8 * 2 * 16 * 128  # eight warps' two chunks of 16 rows and 64 columns
+_STORE, _SWIGLU, _DSWIGLU = range(3)
+
+# Product to GATHER, WEIGHT_MN, EPILOGUE, KEEP_PRE, SCALE.
+_GEMMS = {
+    "up": (1, 0, _SWIGLU, 0, 0),
+    "up_training": (1, 0, _SWIGLU, 1, 0),
+    "down": (0, 0, _STORE, 0, 1),
+    "dgrad_activation": (1, 1, _DSWIGLU, 0, 1),
+    "dgrad_input": (0, 1, _STORE, 0, 0),
+}
+# Product to GATHER (0: the first operand, 1: the second), ADD.
+_WGRADS = {
+    "wgrad_down": (0, 0),
+    "wgrad_down_add": (0, 1),
+    "wgrad_up": (1, 0),
+    "wgrad_up_add": (1, 1),
+}
+
+
+class _GemmParams(ctypes.Structure):
+    _fields_ = (
+        ("rows", TensorMap),
+        ("weight", TensorMap),
+        *((name, ctypes.c_void_p) for name in ("source", "order", "token", "gate", "schedule", "counter", "out")),
+        *((name, ctypes.c_void_p) for name in ("out_pre", "partial")),
+        *((name, ctypes.c_int) for name in ("reduction", "columns", "n_rows", "n_tiles")),
+        ("unused", ctypes.c_byte * 40),  # C++ rounds the size up to 64
+    )
+
+
+class _WgradParams(ctypes.Structure):
+    _fields_ = (
+        ("dense", TensorMap),
+        *((name, ctypes.c_void_p) for name in ("source", "token", "offset", "counter", "into")),
+        *((name, ctypes.c_int) for name in ("m", "n", "n_tiles_m", "n_tiles_n", "n_experts")),
+        ("unused", ctypes.c_byte * 4),
+    )
+
+
+def _stages(tile: Tile, staging: int) -> int:
+    return (_SHARED_BYTES - staging) // ((tile.m + tile.n) * _STEP_BYTES + _BARRIER_BYTES)
+
+
+def _shared_bytes(tile: Tile, staging: int) -> int:
+    return _stages(tile, staging) * ((tile.m + tile.n) * _STEP_BYTES + _BARRIER_BYTES) + staging + _QUEUE_BYTES
+
+
+def _gemm_source(product: str, tile: Tile) -> CudaSource:
+    names = ("GATHER", "WEIGHT_MN", "EPILOGUE", "KEEP_PRE", "SCALE")
+    shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile, _STAGING_BYTES)))
+    defines = (*zip(names, _GEMMS[product], strict=True), *shape)
+    return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_gemm_sm90.cu", "grouped_gemm", _ARCHES, defines)
+
+
+def _wgrad_source(product: str, tile: Tile) -> CudaSource:
+    shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile, 0)))
+    defines = (*zip(("GATHER", "ADD"), _WGRADS[product], strict=True), *shape)
+    return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_wgrad_sm90.cu", "grouped_wgrad", _ARCHES, defines)
+
+
+def _candidates(product: str) -> tuple[Tile, ...]:
+    return CANDIDATES[product.removesuffix("_training").removesuffix("_add")]
+
+
+_SOURCES = {(product, tile): _gemm_source(product, tile) for product in _GEMMS for tile in _candidates(product)} | {
+    (product, tile): _wgrad_source(product, tile) for product in _WGRADS for tile in _candidates(product)
+}
+SOURCES = tuple(_SOURCES.values())
+"""Every compile of this module."""
+
+_KERNELS = {key: CudaKernel(source) for key, source in _SOURCES.items()}
+
+
+@cache
+def _grid(device: torch.device) -> tuple[int, int, int]:
+    """One block an SM: persistent."""
+    return (torch.cuda.get_device_properties(device).multi_processor_count, 1, 1)
+
+
+def _counter(index: RowIndex, product: str) -> int:
+    """Address of the product's counter in the schedule's head."""
+    return index.schedule.data_ptr() + 4 * (2 + tuple(CANDIDATES).index(product))
+
+
+def _matrix_map(matrix: torch.Tensor, box_columns: int, box_rows: int) -> TensorMap:
+    rows, columns = matrix.shape
+    return tensor_map(matrix, (columns, rows), (columns * 2,), (box_columns, box_rows), True)
+
+
+def _weight_map(weight: torch.Tensor, rows: int, columns: int, box_columns: int, box_rows: int) -> TensorMap:
+    n = weight.numel() // (rows * columns)
+    strides = (columns * 2, rows * columns * 2)
+    return tensor_map(weight, (columns, rows, n), strides, (box_columns, box_rows, 1), True)
+
+
+def _launch_gemm(product: str, tile: Tile, device: torch.device, params: _GemmParams) -> None:
+    tile_columns = tile.n // 2 if product.startswith("up") else tile.n  # of the output: gate and up make one
+    params.n_tiles = BLOCK_ROWS // tile.m * -(-params.columns // tile_columns)
+    _KERNELS[product, tile].launch(_grid(device), _THREADS, _shared_bytes(tile, _STAGING_BYTES), params)
+
+
+def up(
+    x_TD: torch.Tensor, index: RowIndex, w13_e2FD: torch.Tensor, *, keep_pre: bool, tile: Tile | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gathers the rows' tokens, and gives `silu(gate) * up` (R, F) and the pre-activation (R, 2F), which is empty
+    unless `keep_pre`."""
+    _, _, hidden, width = w13_e2FD.shape
+    n_rows = index.token_R.shape[0]
+    activation_RF = x_TD.new_empty(n_rows, hidden)
+    pre_R2F = x_TD.new_empty(n_rows if keep_pre else 0, 2 * hidden)
+    tile = tile or choose_tile("up", width, hidden)
+    params = _GemmParams(
+        weight=_weight_map(w13_e2FD, hidden, width, 64, 128),
+        source=x_TD.data_ptr(),
+        token=index.token_R.data_ptr(),
+        schedule=index.schedule.data_ptr(),
+        counter=_counter(index, "up"),
+        out=activation_RF.data_ptr(),
+        out_pre=pre_R2F.data_ptr(),
+        reduction=width,
+        columns=hidden,
+        n_rows=n_rows,
+    )
+    _launch_gemm("up_training" if keep_pre else "up", tile, x_TD.device, params)
+    return activation_RF, pre_R2F
+
+
+def down(
+    activation_RF: torch.Tensor,
+    index: RowIndex,
+    gate_TK: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    *,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """The down projection, each row times its gate: (R, D)."""
+    _, width, hidden = w2_eDF.shape
+    out_RD = activation_RF.new_empty(activation_RF.shape[0], width)
+    tile = tile or choose_tile("down", width, hidden)
+    params = _GemmParams(
+        rows=_matrix_map(activation_RF, 64, 128),
+        weight=_weight_map(w2_eDF, width, hidden, 64, 128),
+        order=index.order_R.data_ptr(),
+        gate=gate_TK.data_ptr(),
+        schedule=index.schedule.data_ptr(),
+        counter=_counter(index, "down"),
+        out=out_RD.data_ptr(),
+        reduction=hidden,
+        columns=width,
+        n_rows=out_RD.shape[0],
+    )
+    _launch_gemm("down", tile, out_RD.device, params)
+    return out_RD
+
+
+def dgrad_activation(
+    dout_TD: torch.Tensor,
+    index: RowIndex,
+    gate_TK: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    pre_R2F: torch.Tensor,
+    *,
+    tile: Tile | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Backward through gate, down projection and SwiGLU.
+
+    Returns:
+        The activation times its gate (R, F), which the down projection's weight gradient needs; the pre-activation's
+        gradient (R, 2F); and the rows' parts of their gates' gradients, fp32 (column tiles, R), from ungated rows.
+    """
+    _, width, hidden = w2_eDF.shape
+    n_rows = index.token_R.shape[0]
+    tile = tile or choose_tile("dgrad_activation", width, hidden)
+    gated_RF = dout_TD.new_empty(n_rows, hidden)
+    dpre_R2F = dout_TD.new_empty(n_rows, 2 * hidden)
+    partial_NR = gate_TK.new_empty(-(-hidden // tile.n), n_rows)
+    params = _GemmParams(
+        rows=_matrix_map(pre_R2F, 64, 64),
+        weight=_weight_map(w2_eDF, width, hidden, 64, 64),
+        source=dout_TD.data_ptr(),
+        order=index.order_R.data_ptr(),
+        token=index.token_R.data_ptr(),
+        gate=gate_TK.data_ptr(),
+        schedule=index.schedule.data_ptr(),
+        counter=_counter(index, "dgrad_activation"),
+        out=gated_RF.data_ptr(),
+        out_pre=dpre_R2F.data_ptr(),
+        partial=partial_NR.data_ptr(),
+        reduction=width,
+        columns=hidden,
+        n_rows=n_rows,
+    )
+    _launch_gemm("dgrad_activation", tile, dout_TD.device, params)
+    return gated_RF, dpre_R2F, partial_NR
+
+
+def dgrad_input(
+    dpre_R2F: torch.Tensor, index: RowIndex, w13_e2FD: torch.Tensor, *, tile: Tile | None = None
+) -> torch.Tensor:
+    """Backward through the up projection: each row's gradient of its token, (R, D)."""
+    _, _, hidden, width = w13_e2FD.shape
+    tile = tile or choose_tile("dgrad_input", width, hidden)
+    out_RD = dpre_R2F.new_empty(dpre_R2F.shape[0], width)
+    params = _GemmParams(
+        rows=_matrix_map(dpre_R2F, 64, 128),
+        weight=_weight_map(w13_e2FD, 2 * hidden, width, 64, 64),
+        schedule=index.schedule.data_ptr(),
+        counter=_counter(index, "dgrad_input"),
+        out=out_RD.data_ptr(),
+        reduction=2 * hidden,
+        columns=width,
+        n_rows=out_RD.shape[0],
+    )
+    _launch_gemm("dgrad_input", tile, out_RD.device, params)
+    return out_RD
+
+
+def wgrad_down(
+    dout_TD: torch.Tensor,
+    gated_RF: torch.Tensor,
+    index: RowIndex,
+    into_eDF: torch.Tensor,
+    *,
+    add: bool,
+    tile: Tile | None = None,
+) -> None:
+    """`into[e]` (+)= doutᵀ · gated activation over the expert's rows."""
+    n_experts, width, hidden = into_eDF.shape
+    tile = tile or choose_tile("wgrad_down", width, hidden)
+    _wgrad("wgrad_down", gated_RF, dout_TD, index, into_eDF, (width, hidden, n_experts), add, tile)
+
+
+def wgrad_up(
+    dpre_R2F: torch.Tensor,
+    x_TD: torch.Tensor,
+    index: RowIndex,
+    into_e2FD: torch.Tensor,
+    *,
+    add: bool,
+    tile: Tile | None = None,
+) -> None:
+    """`into[e]` (+)= dpreᵀ · x over the expert's rows."""
+    n_experts, _, hidden, width = into_e2FD.shape
+    tile = tile or choose_tile("wgrad_up", width, hidden)
+    _wgrad("wgrad_up", dpre_R2F, x_TD, index, into_e2FD, (2 * hidden, width, n_experts), add, tile)
+
+
+def _wgrad(
+    product: str,
+    dense: torch.Tensor,
+    source: torch.Tensor,
+    index: RowIndex,
+    into: torch.Tensor,
+    sizes: tuple[int, int, int],
+    add: bool,
+    tile: Tile,
+) -> None:
+    m, n, n_experts = sizes
+    params = _WgradParams(
+        dense=_matrix_map(dense, 64, 64),
+        source=source.data_ptr(),
+        token=index.token_R.data_ptr(),
+        offset=index.offset_E.data_ptr(),
+        counter=_counter(index, product),
+        into=into.data_ptr(),
+        m=m,
+        n=n,
+        n_tiles_m=-(-m // tile.m),
+        n_tiles_n=-(-n // tile.n),
+        n_experts=n_experts,
+    )
+    kernel = _KERNELS[f"{product}_add" if add else product, tile]
+    kernel.launch(_grid(into.device), _THREADS, _shared_bytes(tile, 0), params)

@@ -1,0 +1,278 @@
+"""The router's logits against plain products in float64: without a GPU, and by bf16 parts on the CPU and on one."""
+
+from typing import Any
+
+import pytest
+import torch
+from nmoe.kernels import router
+from nmoe.kernels.errors import ShapeError
+from nmoe.kernels.router import router_logits
+
+ULP = 2.0**-24
+"""Half a unit in fp32's last place, relative."""
+BF16 = 2.0**-8
+
+SHAPES = [(1, 8, 3), (77, 64, 16), (300, 576, 64), (128, 2048, 5)]
+"""T, D and E."""
+
+
+def parts(device: str) -> Any:
+    """A parameter of `by_parts`."""
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
+    return pytest.param(device, marks=(pytest.mark.gpu, skip) if device == "cuda" else ())
+
+
+@pytest.fixture(params=[parts("cpu"), parts("cuda")])
+def by_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device where fp32 weights are split. The CPU, which has no need to and no product for it, gets one here."""
+    if request.param == "cpu":
+        monkeypatch.setattr(router, "_splits", lambda x, weight: x.dtype == torch.bfloat16)
+        monkeypatch.setattr(router, "_split_gradient", lambda wide: torch.stack(router._split(wide)[:2], 1))
+        monkeypatch.setattr(router, "_add_product", lambda into, a, b: into.add_(a.float() @ b.float()))
+    return request.param
+
+
+def without_part(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Loses one part of every weight's split, from 0."""
+    right = router._split
+
+    def split(wide: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.zeros_like(part) if i == number else part for i, part in enumerate(right(wide))]
+
+    monkeypatch.setattr(router, "_split", split)
+
+
+def without_lower_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loses the second part of every gradient's split."""
+    right = router._split_gradient
+
+    def split(wide: torch.Tensor) -> torch.Tensor:
+        parts = right(wide)
+        parts[:, 1] = 0
+        return parts
+
+    monkeypatch.setattr(router, "_split_gradient", split)
+
+
+def draw(n_tokens: int, width: int, n_experts: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 tokens and an fp32 weight, of random numbers from the CPU."""
+    x, weight = torch.randn(n_tokens, width).bfloat16(), torch.randn(n_experts, width) * width**-0.5
+    return x.to(device).requires_grad_(), weight.to(device).requires_grad_()
+
+
+def exact(x: torch.Tensor, weight: torch.Tensor, dlogits: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits and the gradients of x and weight, in float64 on the CPU."""
+    x, weight, dlogits = (tensor.detach().double().cpu() for tensor in (x, weight, dlogits))
+    return x @ weight.T, dlogits @ weight, dlogits.T @ x
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the norm."""
+    return float((found.detach().double().cpu() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n_tokens", "width", "n_experts"), SHAPES)
+def test_equals_the_plain_product(n_tokens: int, width: int, n_experts: int, dtype: torch.dtype) -> None:
+    x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in draw(n_tokens, width, n_experts))
+    found = router_logits(x, weight)
+    dlogits = torch.randn_like(found)
+    found.backward(dlogits)
+    tolerance = (1e-6 if dtype == torch.float32 else 1e-15) * width**0.5
+    for a, b in zip((found, x.grad, weight.grad), exact(x, weight, dlogits), strict=True):
+        assert a.dtype == dtype
+        assert error(a, b) < tolerance
+
+
+def test_gradients_by_finite_differences() -> None:
+    x, weight = (tensor.detach().double().requires_grad_() for tensor in draw(5, 7, 4))
+    assert torch.autograd.gradcheck(router_logits, (x, weight))
+    # Where both are used on beside it, and the weight twice.
+    assert torch.autograd.gradcheck(
+        lambda x, weight: (router_logits(x, weight).sin() @ weight * x, router_logits(x.cos(), weight)), (x, weight)
+    )
+
+
+def test_bfloat16_tokens_meet_a_float32_weight_on_the_cpu() -> None:
+    """Logits and the weight's gradient in fp32; x's is rounded once."""
+    x, weight = draw(77, 64, 16)
+    found = router_logits(x, weight)
+    dlogits = torch.randn_like(found)
+    found.backward(dlogits)
+    logits, dx, dweight = exact(x, weight, dlogits)
+    assert (found.dtype, x.grad.dtype, weight.grad.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+    assert error(found, logits) < 1e-6
+    assert error(weight.grad, dweight) < 1e-6
+    assert error(x.grad, dx) < BF16
+
+
+@pytest.mark.parametrize("exponents", [(0, 1), (-60, 60)], ids=["near", "far"])
+def test_three_parts_are_the_whole(exponents: tuple[int, int]) -> None:
+    """fp32's 24 bits are three times 8: nothing is left. Of two parts, 2^-17 at most."""
+    wide = torch.randn(4096) * 2.0 ** torch.randint(*exponents, (4096,))
+    split = router._split(wide)
+    assert [part.dtype for part in split] == [torch.bfloat16] * 3
+    assert torch.equal(sum(part.double() for part in split), wide.double())
+    two = sum(part.double() for part in split[:2])
+    assert ((two - wide.double()).abs() <= 2.0**-17 * wide.abs().double()).all()
+    assert not torch.equal(two, wide.double())
+
+
+@pytest.mark.parametrize(("n_tokens", "width", "n_experts"), SHAPES)
+def test_parts_have_float32s_precision(by_parts: str, n_tokens: int, width: int, n_experts: int) -> None:
+    """The error is that of fp32 sums, whatever their order; bf16 logits would err by hundreds of times as much."""
+    x, weight = draw(n_tokens, width, n_experts, by_parts)
+    found = router_logits(x, weight)
+    assert (found.shape, found.dtype) == ((n_tokens, n_experts), torch.float32)
+    logits, *_ = exact(x, weight, found)
+    assert error(found, logits) < 8 * ULP * width**0.5
+    assert error(found.bfloat16(), logits) > 20 * ULP * width**0.5
+
+
+def cancelling(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of ±1 over pairs of columns, whose weights differ in their second and third parts alone, or their third:
+    sums of the first parts cancel. Each part's sums are exact in fp32 in any order, and so are the logits."""
+    width, n_experts = 256, 16
+    sign = 1.0 - 2.0 * torch.randint(2, (40, width // 2))
+    x = torch.stack((sign, -sign), -1).flatten(1)
+    third = torch.randint(1, 128, (n_experts, width)) * 2.0**-23
+    second = torch.randint(0, 2, (n_experts, width // 2)) * 2.0**-9
+    second = torch.stack((second, second), -1).flatten(1)
+    second[: n_experts // 2, ::2] += 2.0**-10
+    return x.bfloat16().to(device), (1.0 + second + third).to(device)
+
+
+def test_parts_are_exact_where_sums_are(by_parts: str) -> None:
+    x, weight = cancelling(by_parts)
+    logits, *_ = exact(x, weight, torch.zeros(40, 16))
+    assert (logits != 0).float().mean() > 0.9
+    assert torch.equal(router_logits(x, weight).double().cpu(), logits)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["first", "second", "third"])
+def test_a_lost_part_of_the_weight_is_seen(by_parts: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = cancelling(by_parts)
+    logits, *_ = exact(x, weight, torch.zeros(40, 16))
+    without_part(monkeypatch, number)
+    found = router_logits(x, weight).double().cpu()
+    if number == 0:  # cancels here by design
+        x, weight = draw(77, 64, 16, by_parts)
+        found, logits = router_logits(x, weight), exact(x, weight, torch.zeros(77, 16))[0]
+    assert error(found, logits) > 1e-3
+
+
+@pytest.mark.parametrize(("n_tokens", "width", "n_experts"), SHAPES[1:])
+@pytest.mark.parametrize("lost", [False, True], ids=["whole", "without_lower_part"])
+def test_gradients_by_parts(
+    by_parts: str, n_tokens: int, width: int, n_experts: int, lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weight's, of two parts of the logits' gradient, errs by 2^-17 and fp32's sums: one part would err by bf16's
+    rounding. x's, which ends in bf16, within two of its roundings."""
+    x, weight = draw(n_tokens, width, n_experts, by_parts)
+    found = router_logits(x, weight)
+    dlogits = torch.randn(n_tokens, n_experts).to(by_parts)
+    if lost:
+        without_lower_part(monkeypatch)
+    found.backward(dlogits)
+    _, dx, dweight = exact(x, weight, dlogits)
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert error(x.grad, dx) < 2 * BF16
+    assert (error(weight.grad, dweight) < 2.0**-17 + 8 * ULP * n_tokens**0.5) is not lost
+
+
+@pytest.mark.parametrize(("n_tokens", "width", "n_experts"), SHAPES[1:])
+def test_gradient_of_tokens_that_others_use_too(by_parts: str, n_tokens: int, width: int, n_experts: int) -> None:
+    """The sum of both uses' gradients, within three bf16 roundings; each share is larger than that."""
+    x, weight = draw(n_tokens, width, n_experts, by_parts)
+    own, other = torch.randn(n_tokens, n_experts).to(by_parts), torch.randn(n_tokens, width).bfloat16().to(by_parts)
+    torch.autograd.backward((router_logits(x, weight), x * 1), (own, other))
+    _, dx, dweight = exact(x, weight, own)
+    whole = dx + other.double().cpu()
+    assert error(x.grad, whole) < 3 * BF16
+    assert error(dx, whole) > 3 * BF16
+    assert error(other, whole) > 3 * BF16
+    assert error(weight.grad, dweight) < 2.0**-17 + 8 * ULP * n_tokens**0.5
+
+
+def test_an_expanded_or_transposed_gradient(by_parts: str) -> None:
+    """What `.sum()` hands back has strides of 0, and a use of logits.T gives one by columns."""
+    x, weight = draw(77, 64, 16, by_parts)
+    by_columns = torch.randn(16, 77).to(by_parts).t()
+    for dlogits in (torch.ones((), device=by_parts).expand(77, 16), by_columns):
+        found = torch.autograd.grad(router_logits(x, weight), (x, weight), dlogits)
+        dense = torch.autograd.grad(router_logits(x, weight), (x, weight), dlogits.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+        _, dx, dweight = exact(x, weight, dlogits)
+        assert error(found[0], dx) < 2 * BF16
+        assert error(found[1], dweight) < 2.0**-17 + 8 * ULP * 77**0.5
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_a_frozen_input_gets_nothing(by_parts: str, frozen: str) -> None:
+    """And the other one its gradient's bits. A frozen weight's main_grad stays as it is, and stale."""
+    x, weight = draw(77, 64, 16, by_parts)
+    dlogits = torch.randn(77, 16).to(by_parts)
+    dx, dweight = torch.autograd.grad(router_logits(x, weight), (x, weight), dlogits)
+    (x if frozen == "x" else weight).requires_grad_(False)
+    if frozen == "weight":
+        weight.main_grad, weight.main_grad_stale = torch.full_like(weight, float("nan")), True
+    router_logits(x, weight).backward(dlogits)
+    if frozen == "x":
+        assert x.grad is None
+        assert torch.equal(weight.grad, dweight)
+    else:
+        assert torch.equal(x.grad, dx)
+        assert weight.grad is None
+        assert weight.main_grad.isnan().all()
+        assert weight.main_grad_stale
+
+
+def test_a_gradients_gradient_is_refused() -> None:
+    """The backward is derived by hand, once: silence would be a wrong second derivative."""
+    x, weight = draw(5, 8, 4)
+    dlogits = torch.randn(5, 4, requires_grad=True)
+    dx, _ = torch.autograd.grad(router_logits(x, weight), (x, weight), dlogits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.float().sum().backward()
+
+
+def test_a_wrong_main_grad_is_refused(by_parts: str) -> None:
+    x, weight = draw(77, 64, 16, by_parts)
+    weight.main_grad, weight.main_grad_stale = torch.zeros(64, 16, device=by_parts), True
+    with pytest.raises(ShapeError, match=r"main_grad \(16, 64\).*found \(64, 16\)"):
+        router_logits(x, weight).backward(torch.randn(77, 16).to(by_parts))
+    assert not weight.main_grad.any()
+    assert weight.main_grad_stale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_main_grad_is_overwritten_once_and_then_added_to(by_parts: str, dtype: torch.dtype) -> None:
+    x, weight = draw(77, 64, 16, by_parts)
+    x = x.detach().to(dtype).requires_grad_()
+    weight.main_grad, weight.main_grad_stale = torch.full_like(weight, float("nan")), True
+    dlogits = torch.randn(77, 16).to(by_parts)
+    for times in (1, 2, 3):
+        router_logits(x, weight).backward(dlogits)
+        assert weight.grad is None
+        assert error(weight.main_grad, times * exact(x, weight, dlogits)[2]) < 1e-4
+
+
+def test_same_inputs_same_bits(by_parts: str) -> None:
+    x, weight = draw(300, 576, 64, by_parts)
+    dlogits = torch.randn(300, 64).to(by_parts)
+
+    def once() -> tuple[torch.Tensor, ...]:
+        logits = router_logits(x, weight)
+        return logits, *torch.autograd.grad(logits, (x, weight), dlogits)
+
+    first = once()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"), [((3, 4), (7, 5)), ((2, 3, 4), (7, 4)), ((3, 4), (4,))], ids=["width", "x", "weight"]
+)
+def test_refuses_what_does_not_belong_together(x: tuple[int, ...], weight: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match=r"expected x \(T, D\) and weight \(E, D\), found .* give both"):
+        router_logits(torch.zeros(x), torch.zeros(weight))
