@@ -6,10 +6,9 @@ Each case has arrays `<case>/weight` (fp32, or int16 patterns of bf16 where ther
 parameter, the rest is a guard that must come back as it was.
 """
 
-import sys
-
 import numpy as np
 import torch
+from interpreted import run_cases
 from nmoe.kernels.native.adamw_triton import adamw_
 from nmoe.kernels.reference.adamw import AdamWStep
 
@@ -34,16 +33,5 @@ def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in state.items()}
 
 
-def main() -> None:
-    """Every case of the file given first, into the file given second."""
-    arrays = np.load(sys.argv[1], allow_pickle=False)
-    cases: dict[str, dict[str, np.ndarray]] = {}
-    for key in arrays.files:
-        case, name = key.split("/")
-        cases.setdefault(case, {})[name] = arrays[key]
-    results = {f"{case}/{name}": array for case, inputs in cases.items() for name, array in run(inputs).items()}
-    np.savez(sys.argv[2], **results)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(run)

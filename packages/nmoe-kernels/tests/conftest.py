@@ -1,12 +1,26 @@
-"""What the kernel tests share: one thread, a fixed seed, the reference tier, and a recorder of what an op allocates."""
+"""What the kernel tests share: one thread, a fixed seed, a tier, a GPU, recorders of what an op allocates and of how a
+kernel is launched, and Triton's interpreter."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.ops import Ops, select_ops
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `gpu` needs no `skipif` of its own."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU, found none")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,6 +40,15 @@ def _seed() -> None:
 @pytest.fixture
 def ops() -> Ops:
     return select_ops("reference", "cpu")
+
+
+@pytest.fixture
+def gpu() -> str:
+    """A device that the native tier has kernels for, in a test marked `gpu`."""
+    arch = detect_arch("cuda")
+    if arch not in NATIVE_ARCHES:
+        pytest.skip(f"expected one of {', '.join(NATIVE_ARCHES)}, found {arch}")
+    return "cuda"
 
 
 class Allocations(TorchDispatchMode):
@@ -60,3 +83,49 @@ def _tensors(out: Any) -> Iterator[torch.Tensor]:
 def allocations() -> Allocations:
     """Used as a context manager; see `Allocations`."""
     return Allocations()
+
+
+class Launches:
+    """Stands for a Triton kernel and notes how it is launched."""
+
+    def __init__(self) -> None:
+        self.grid: tuple[int, ...] | None = None
+        self.args: tuple[Any, ...] = ()
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Launches":
+        self.grid = grid
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        self.args, self.options = args, options
+
+
+@pytest.fixture
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, str], Launches]:
+    """Puts a new `Launches` in the place of a module's kernel, until the test ends."""
+
+    def replace(module: ModuleType, kernel: str) -> Launches:
+        launches = Launches()
+        monkeypatch.setattr(module, kernel, launches)
+        return launches
+
+    return replace
+
+
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def interpret(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, Arrays]], Arrays]:
+    """Runs cases by one of the `*_interpreted.py`, in a process of its own; returns results by `<case>/<name>`."""
+
+    def run(script: str, cases: dict[str, Arrays]) -> Arrays:
+        folder = tmp_path_factory.mktemp("interpreted")
+        given, results = folder / "cases.npz", folder / "results.npz"
+        np.savez(given, **{f"{case}/{name}": array for case, arrays in cases.items() for name, array in arrays.items()})
+        command = [sys.executable, str(Path(__file__).with_name(script)), str(given), str(results)]
+        subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+        return dict(np.load(results, allow_pickle=False))
+
+    return run

@@ -6,11 +6,11 @@ or of `grouped_wgrad` (with `into`, and `add`). Floats are given as fp32 and cas
 element is a guard. Results are fp32: `<case>/out` or `<case>/into`.
 """
 
-import sys
 from typing import Any
 
 import numpy as np
 import torch
+from interpreted import run_cases
 from nmoe.kernels.native.grouped_gemm_triton import grouped_gemm, grouped_wgrad
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
@@ -56,18 +56,7 @@ def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {"into": given["into"].numpy()}
 
 
-def main() -> None:
-    """Every case of the file given first, into the file given second."""
+if __name__ == "__main__":
     teach_bf16()
     teach_ranges()
-    arrays = np.load(sys.argv[1], allow_pickle=False)
-    cases: dict[str, dict[str, np.ndarray]] = {}
-    for key in arrays.files:
-        case, name = key.split("/")
-        cases.setdefault(case, {})[name] = arrays[key]
-    results = {f"{case}/{name}": array for case, inputs in cases.items() for name, array in run(inputs).items()}
-    np.savez(sys.argv[2], **results)
-
-
-if __name__ == "__main__":
-    main()
+    run_cases(run)

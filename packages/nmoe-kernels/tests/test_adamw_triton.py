@@ -1,10 +1,7 @@
 """The Triton AdamW without a GPU: in Triton's interpreter against float64, and compiled for Hopper and Blackwell."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -51,14 +48,9 @@ def draw(case: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+def interpreted(interpret: Callable[..., dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """State after one update, by `<case>/<name>`, from one run of the interpreter."""
-    folder = tmp_path_factory.mktemp("interpreted")
-    np.savez(folder / "cases.npz", **{f"{case}/{name}": a for case in CASES for name, a in draw(case).items()})
-    script = Path(__file__).with_name("adamw_interpreted.py")
-    command = [sys.executable, str(script), str(folder / "cases.npz"), str(folder / "results.npz")]
-    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-    return dict(np.load(folder / "results.npz", allow_pickle=False))
+    return interpret("adamw_interpreted.py", {case: draw(case) for case in CASES})
 
 
 def master_of(arrays: dict[str, np.ndarray]) -> np.ndarray:
@@ -143,28 +135,15 @@ def test_the_bounds_tell_mistakes_apart(interpreted: dict[str, np.ndarray], mist
     assert (np.abs(master_of(found) - expected)[:4096] > bound[:4096]).mean() > 0.05
 
 
-class Launches:
-    """Stands for a kernel and notes how it is launched."""
-
-    def __init__(self) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.options: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> "Launches":
-        self.grid = grid
-        return self
-
-    def __call__(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-
-
 POINTERS = {torch.float32: "*fp32", torch.int16: "*i16"}
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("split", [True, False], ids=["split", "plain"])
 @pytest.mark.parametrize("capability", [90, 100])
-def test_compiles_without_spills(capability: int, split: bool, monkeypatch, tmp_path: Path, capsys) -> None:
+def test_compiles_without_spills(
+    capability: int, split: bool, launches_of, monkeypatch, tmp_path: Path, capsys
+) -> None:
     """As it is launched, for sm_90a and sm_100a, with loads of 16 bytes where the sizes allow them, and no fused
     multiply-add (whose default differs between versions of Triton)."""
     import triton
@@ -172,8 +151,7 @@ def test_compiles_without_spills(capability: int, split: bool, monkeypatch, tmp_
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, launches = adamw_triton._adamw_kernel, Launches()
-    monkeypatch.setattr(adamw_triton, "_adamw_kernel", launches)
+    kernel, launches = adamw_triton._adamw_kernel, launches_of(adamw_triton, "_adamw_kernel")
     weight, residual = split_master(torch.zeros(1 << 16)) if split else (torch.zeros(1 << 16), None)
     m, v, grad = torch.zeros(3, 1 << 16)
     adamw_triton.adamw_(weight, residual, grad, m, v, torch.ones(()), STEPS["first"])

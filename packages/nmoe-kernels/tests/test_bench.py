@@ -3,14 +3,17 @@
 import json
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nmoe.kernels.bench import moe_layer, tiles
+from nmoe.kernels.bench import accuracy, cold, equal_bits, machine, moe_layer, tiles
 from nmoe.kernels.bench.__main__ import main
-from nmoe.kernels.bench.equal_bits import differences, print_equal_bits
+from nmoe.kernels.bench.accuracy import Distances
+from nmoe.kernels.bench.equal_bits import count_hashes, differences
 from nmoe.kernels.bench.machine import command_line, without_folders
 from nmoe.kernels.bench.peers import NmoeLayer, TorchLayer
 from nmoe.kernels.bench.problem import (
@@ -30,23 +33,47 @@ from nmoe.kernels.errors import KernelError, ShapeError
 
 SMALL = Shape(512, 64, 32, 16, 4)
 PUBLISHED = Shape(40960, 768, 256, 128, 8)
+H200 = {"machine": {"gpu": "NVIDIA H200", "driver": "580.1"}, "versions": {"torch": "2.11"}}
 
 
 def result(ms: float, **changes: Any) -> dict[str, Any]:
     """What a worker gives."""
-    return {
-        "layer": "nmoe",
-        "weight_grad": "fp32",
-        "rows_max_over_mean": 1.25,
-        "memory_bytes": 1 << 30,
-        "first_s": 2.5,
-        "times": {name: {"ms": ms * n, "runs": 20} for name, n in (("forward_graph", 1), ("both_graph", 3))}
-        | {"both_eager": {"ms": ms * 4, "runs": 20}},
-        "not_measured": {},
-        "clocks": {"before": {"sm_mhz": "345"}, "under_load": {"sm_mhz": "1980"}},
-        "machine": {"gpu": "NVIDIA H200", "driver": "580.1"},
-        "versions": {"torch": "2.11"},
-    } | changes
+    return (
+        {
+            "layer": "nmoe",
+            "weight_grad": "fp32",
+            "rows_max_over_mean": 1.25,
+            "memory_bytes": 1 << 30,
+            "first_s": 2.5,
+            "times": {name: {"ms": ms * n, "runs": 20} for name, n in (("forward_graph", 1), ("both_graph", 3))}
+            | {"both_eager": {"ms": ms * 4, "runs": 20}},
+            "not_measured": {},
+            "clocks": {"before": {"sm_mhz": "345"}, "under_load": {"sm_mhz": "1980"}},
+        }
+        | H200
+        | changes
+    )
+
+
+def read_results(file: Path, *measured: str) -> dict[str, Any]:
+    """What a command wrote: what every command writes and the `measured` keys, no others (a host's), and no folder."""
+    text = file.read_text(encoding="utf-8")
+    assert str(file.parent) not in text
+    found = json.loads(text)
+    assert list(found) == ["date", "command", "machine", "versions", *measured]
+    assert found["command"].startswith("python -m nmoe.kernels.bench ")
+    assert f"--output {file.name}" in found["command"]
+    return found
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine with one, whose description is known: CUDA is not initialised."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "describe_gpu", lambda: H200["machine"])
+    was = torch.cuda.is_initialized()
+    yield
+    assert torch.cuda.is_initialized() == was
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "1,2,3,4,5,6", "a,b,c,d,e", "8,8,8,2,3", "0,8,8,2,1", "moonlit", ""])
@@ -122,6 +149,8 @@ def test_layers_take_turns_and_results_are_written(tmp_path: Path, capsys: pytes
     results = moe_layer.compare([SMALL], layers, ["uniform"], 3, run=run, command="command", output=file)
     assert order == ["nmoe", "torch", "sonic", "nmoe", "torch", "nmoe", "torch"]
     assert moe_layer.failed(results) == []
+    assert results["machine"] == H200["machine"]
+    assert results["versions"] == {"nmoe": H200["versions"], "torch": H200["versions"]}
     stored = json.loads(file.read_text(encoding="utf-8"))
     assert stored == results
     assert {"date", "command", "machine", "versions", "clocks", "note", "rounds", "rows"} == set(stored)
@@ -213,22 +242,117 @@ def test_one_bit_changes_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hash_tensor(tensor) != hash_tensor(tensor.view(20, 5))
 
 
-def test_differing_bits_are_found(capsys: pytest.CaptureFixture[str]) -> None:
-    same = {"uniform": {"out": "aa", "dx": "bb"}}
-    other = {"uniform": {"out": "aa", "dx": "cc"}}
-    assert differences([same, same, same]) == []
-    assert differences([same, same, other]) == ["uniform dx of process 3: cc, of process 1: bb"]
-    assert differences([same, {"uniform": {"out": "aa"}}]) != []
-    gives = iter([same, other, same, same, same, {"error": "signal 11"}])
+SAME = {"uniform": {"out": "aa", "dx": "bb"}}
+OTHER = {"uniform": {"out": "aa", "dx": "cc"}}
+LESS = {"uniform": {"out": "aa"}}
 
-    def run(arguments: list[str], timeout_s: float) -> dict[str, Any]:
-        found = next(gives)
-        return found if "error" in found else {"hashes": found}
 
-    assert not print_equal_bits(SMALL, ["uniform"], 2, 1.0, run=run)
-    assert print_equal_bits(SMALL, ["uniform"], 2, 1.0, run=run)
-    assert not print_equal_bits(SMALL, ["uniform"], 2, 1.0, run=run), "a process that fails is no agreement"
-    assert "signal 11" in capsys.readouterr().out
+def test_differing_bits_are_found() -> None:
+    assert differences([SAME, SAME, SAME]) == []
+    assert differences([SAME, SAME, OTHER]) == ["uniform/dx of process 3: cc, of process 1: bb"]
+    assert differences([SAME, LESS]) == ["uniform/dx of process 2: none, of process 1: bb"]
+    assert count_hashes([SAME, OTHER, SAME]) == {"uniform/out": {"aa": 3}, "uniform/dx": {"bb": 2, "cc": 1}}
+    assert count_hashes([LESS, SAME])["uniform/dx"] == {"none": 1, "bb": 1}
+
+
+def equal_bits_of(given: list[Mapping[str, Any]], file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command's exit code where the processes give these."""
+    gives = iter(given)
+
+    def run(arguments: list[str], timeout_s: float) -> Mapping[str, Any]:
+        assert arguments == ["--task", "bits", "--shape", str(SMALL), "--routing", "uniform"]
+        return next(gives)
+
+    monkeypatch.setattr(equal_bits, "print_equal_bits", partial(equal_bits.print_equal_bits, run=run))
+    options = ["--shape", str(SMALL), "--routing", "uniform", "--processes", str(len(given)), "--output", str(file)]
+    return main(["equal-bits", *options])
+
+
+@pytest.mark.parametrize(("last", "code", "counts"), [(SAME, 0, {"bb": 3}), (OTHER, 1, {"bb": 2, "cc": 1})])
+def test_equal_bits_writes_what_each_process_gave(
+    last: Any, code: int, counts: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where bits differ: the file then says so."""
+    file = tmp_path / "bits.json"
+    assert equal_bits_of([{"hashes": hashes} | H200 for hashes in (SAME, SAME, last)], file, monkeypatch) == code
+    found = read_results(file, "shape", "processes", "same_bits", "processes_by_sha256")
+    assert {key: found[key] for key in H200} == H200
+    assert found["shape"] == str(SMALL)
+    assert found["processes"] == 3
+    assert found["same_bits"] == (code == 0)
+    assert found["processes_by_sha256"] == {"uniform/out": {"aa": 3}, "uniform/dx": counts}
+
+
+def test_a_process_that_fails_is_no_agreement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bits.json"
+    assert equal_bits_of([{"hashes": SAME} | H200, {"error": "signal 11"}], file, monkeypatch) == 1
+    assert "process 2 of 2 failed: signal 11" in capsys.readouterr().out
+    assert not file.exists()
+
+
+def cold_of(given: dict[str, Any], file: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The command's exit code where the process compiles two kernels and gives this."""
+
+    def run(arguments: list[str], timeout_s: float, environment: Mapping[str, str]) -> dict[str, Any]:
+        assert arguments == ["--task", "cold", "--shape", str(SMALL)]
+        for name, variable in (("a.cubin", "NMOE_KERNEL_CACHE"), ("b.cubin", "TRITON_CACHE_DIR")):
+            folder = Path(environment[variable])
+            assert not folder.exists(), "the cache is empty"
+            folder.mkdir(parents=True)
+            (folder / name).touch()
+        return given
+
+    monkeypatch.setattr(cold, "print_cold", partial(cold.print_cold, run=run))
+    return main(["cold", "--shape", str(SMALL), "--output", str(file)])
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_cold_writes_its_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cold.json"
+    assert cold_of({"layer": "nmoe", "forward_s": 1.25, "both_s": 1.875} | H200, file, monkeypatch) == 0
+    found = read_results(file, "shape", "kernels_compiled", "forward_s", "both_s", "process_s")
+    assert found.pop("process_s") >= 0
+    measured = {"shape": str(SMALL), "kernels_compiled": 2, "forward_s": 1.25, "both_s": 1.875}
+    assert {key: found[key] for key in found if key not in ("date", "command")} == H200 | measured
+    assert "first forward 1.25 s" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_cold_process_that_fails_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "cold.json"
+    assert cold_of({"error": "signal 11"}, file, monkeypatch) == 1
+    assert "found signal 11" in capsys.readouterr().err
+    assert not file.exists()
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("dx", "code"), [(3e-3, 0), (4e-3, 0), (4.1e-3, 1), (float("nan"), 1)])
+def test_accuracy_fails_where_ours_is_farther(
+    dx: float, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In any tensor; as far as PyTorch is near enough."""
+    pytest.importorskip("cuda.bindings", reason="the CUDA kernels are for Linux")
+    distances = {"out": Distances(1e-3, 4e-3), "dx": Distances(dx, 4e-3), "dw2": Distances(2e-3, 4e-3)}
+    measured = partial(accuracy.print_accuracy, measure=lambda: distances)
+    monkeypatch.setattr(accuracy, "print_accuracy", measured)
+    file = tmp_path / "accuracy.json"
+    assert main(["accuracy", "--output", str(file)]) == code
+    found = read_results(file, "note", "shape", "at_most_torch", "distances")
+    assert found["machine"] == H200["machine"]
+    assert found["versions"]["torch"] in torch.__version__
+    assert found["shape"] == "2048,512,256,16,4"
+    assert found["at_most_torch"] == (code == 0)
+    assert found["distances"]["out"] == {"ours": 1e-3, "torch": 4e-3, "ratio": 0.25}
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert list(rows) == ["tensor", *distances]
+    assert [name for name, line in rows.items() if "above torch" in line] == ["dx"] * code
+    assert "0.250" in rows["out"]
 
 
 def test_processes_that_fail_are_told() -> None:
@@ -256,6 +380,15 @@ def test_what_a_process_started_ends_with_it() -> None:
 def test_worker_gives_its_error_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["worker", "--task", "bits", "--shape", "64,32,16,8,2", "--layer", "sonic"]) == 1
     assert "sonicmoe" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_worker_tells_what_its_bits_are_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["worker", "--task", "bits", "--shape", str(SMALL), "--routing", "uniform,zipf"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["hashes"]) == {"uniform", "zipf"}
+    assert found["machine"] == {}
+    assert found["versions"]["torch"] in torch.__version__
 
 
 def test_peer_path_is_for_sonic_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +428,8 @@ def test_results_name_no_folder() -> None:
         ["moe-layer", "--rounds", "0"],
         ["equal-bits", "--processes", "1"],
         ["cold", "--shape", "moonlit"],
+        ["cold", "--out", "a/cold.json"],
+        ["accuracy", "--shape", "moonlet"],
         ["table"],
         ["worker"],
     ],
@@ -305,11 +440,23 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     assert ended.value.code == 2
 
 
-@pytest.mark.parametrize("command", [["moe-layer", "--shapes", "moonlet"], ["tiles"], ["cold"]])
+@pytest.mark.parametrize("command", [["moe-layer", "--shapes", "moonlet"], ["tiles"], ["cold"], ["accuracy"]])
 def test_without_a_gpu(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command) == 1
     assert "expected a CUDA GPU, found none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["moe-layer", "cold", "equal-bits", "accuracy"])
+def test_help_names_what_is_written(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert command in capsys.readouterr().out.split()
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "--output FILE" in capsys.readouterr().out
 
 
 def test_missing_peer_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -338,18 +485,39 @@ def test_table_lines_are_only_where_the_choice_would_be_slower(monkeypatch: pyte
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
+@pytest.mark.usefixtures("gpu")
 def test_moe_layer_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
-
-    if detect_arch() not in NATIVE_ARCHES:
-        pytest.skip(f"needs one of {', '.join(NATIVE_ARCHES)}, found {detect_arch()}")
     file = tmp_path / "results.json"
     shape = "2048,256,128,16,4"
     code = main(["moe-layer", "--shapes", shape, "--peers", "torch", "--rounds", "1", "--output", str(file)])
     assert code == 0, capsys.readouterr()
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = read_results(file, "clocks", "note", "rounds", "rows")["rows"]
     assert [row["layer"] for row in rows] == ["nmoe", "torch"]
     for row in rows:
         for measure in ("forward_graph", "both_graph", "both_eager"):
             assert row[measure].get("tflops", 0) > 0, row
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_cold_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cold.json"
+    assert main(["cold", "--shape", "2048,256,128,16,4", "--output", str(file)]) == 0, capsys.readouterr()
+    found = read_results(file, "shape", "kernels_compiled", "forward_s", "both_s", "process_s")
+    assert found["machine"]["gpu"] == torch.cuda.get_device_name()
+    assert found["kernels_compiled"] > 0
+    assert 0 < found["forward_s"] < found["both_s"] < found["process_s"]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_equal_bits_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bits.json"
+    options = ["--shape", "2048,256,128,16,4", "--processes", "2", "--output", str(file)]
+    assert main(["equal-bits", *options]) == 0, capsys.readouterr()
+    found = read_results(file, "shape", "processes", "same_bits", "processes_by_sha256")
+    assert found["machine"]["gpu"] == torch.cuda.get_device_name()
+    assert "nvrtc" in found["versions"]
+    names = {f"{routing}/{name}" for routing in ("uniform", "zipf") for name in ("out", "dx", "drouter", "dw13", "dw2")}
+    assert set(found["processes_by_sha256"]) == names
+    assert all(list(counts.values()) == [2] for counts in found["processes_by_sha256"].values())

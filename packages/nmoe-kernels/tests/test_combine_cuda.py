@@ -1,54 +1,21 @@
-"""The combine in CUDA: refusals, shapes and the compile without a GPU; values on one (`-m gpu`)."""
+"""The combine in CUDA: refusals and shapes without a GPU; values on one (`-m gpu`)."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.errors import ShapeError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("cuda.bindings", reason="the CUDA kernels are for Linux")
-from nmoe.kernels.native.combine_cuda import SOURCES, combine, combine_backward, sum_partials
-from nmoe.kernels.runtime.nvrtc import compile_cubin
-from nmoe.kernels.runtime.resources import kernel_resources, with_spills
-
-
-def on_gpu(test: Any) -> Any:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
-    return pytest.mark.gpu(skip(test))
-
-
-@pytest.fixture
-def gpu() -> str:
-    arch = detect_arch("cuda")
-    if arch not in SOURCES[0].arches:
-        pytest.skip(f"expected one of {SOURCES[0].arches}, found {arch}")
-    return "cuda"
-
+from nmoe.kernels.native.combine_cuda import combine, combine_backward, sum_partials
 
 # --- without a GPU ---------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_compiles_without_spills(arch: str) -> None:
-    for source in SOURCES:
-        compiled = compile_cubin(source, arch)
-        (kernel,) = with_spills(kernel_resources(compiled.cubin), compiled.log)
-        assert kernel.name == source.entry
-        assert not kernel.spills
-
-
-def cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
-
-
-def rows(*shape: int) -> torch.Tensor:
-    return cuda(*shape, dtype=torch.int32)
-
-
-def bf16(*shape: int) -> torch.Tensor:
-    return cuda(*shape, dtype=torch.bfloat16)
+cuda = functools.partial(torch.empty, device="cuda")
+rows = functools.partial(cuda, dtype=torch.int32)
+bf16 = functools.partial(cuda, dtype=torch.bfloat16)
 
 
 def test_fake_shapes() -> None:
@@ -113,7 +80,7 @@ def partial_sum(partial_NR: torch.Tensor, row_TK: torch.Tensor) -> torch.Tensor:
     return total[row_TK.long()]
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sums_are_the_references_bit_for_bit(gpu: str, shape: tuple[int, int, int, int]) -> None:
     """Additions in a fixed order leave no freedom. Sums in another order differ, so that the test sees the order."""
@@ -133,7 +100,7 @@ def test_the_oracle_sees_the_order() -> None:
     assert not torch.equal(partial_sum(partial, row), partial_sum(partial.flip(0), row))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_values_at_the_edges_of_bf16(gpu: str) -> None:
     """One row each: infinities, NaN, zeros of both signs and subnormals come through as additions to 0 leave them."""
     numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(-1, 8)
@@ -142,7 +109,7 @@ def test_values_at_the_edges_of_bf16(gpu: str) -> None:
     torch.testing.assert_close(found, slot_sum(numbers, row), rtol=0, atol=0, equal_nan=True)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_sum_between_two_bf16_goes_to_the_even_one(gpu: str) -> None:
     one = torch.tensor([1.0, 1.0 + 2**-7, -1.0, -1.0 - 2**-7, 1.0, 1.0, 1.0, 1.0])
     half = torch.tensor([2**-8, 2**-8, -(2**-8), -(2**-8), 2**-8 + 2**-15, 2**-8 - 2**-16, 2**-7, 2**-9])
@@ -152,7 +119,7 @@ def test_a_sum_between_two_bf16_goes_to_the_even_one(gpu: str) -> None:
     assert combine(y.to(gpu), row.to(gpu)).cpu()[0].tolist() == expected
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_no_tokens(gpu: str) -> None:
     row = torch.empty(0, 3, dtype=torch.int32, device=gpu)
     out, dgate = combine_backward(
@@ -161,20 +128,20 @@ def test_no_tokens(gpu: str) -> None:
     assert (out.shape, dgate.shape) == ((0, 16), (0, 3))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_no_partials_sum_to_zero(gpu: str) -> None:
     row = torch.arange(6, dtype=torch.int32, device=gpu).view(2, 3)
     assert not sum_partials(torch.empty(0, 6, device=gpu), row).any()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_rows_off_by_half_a_piece_are_refused(gpu: str) -> None:
     y = torch.zeros(6 * 8 + 4, dtype=torch.bfloat16, device=gpu)[4:].view(6, 8)
     with pytest.raises(ShapeError, match="multiple of 16 bytes"):
         combine(y, torch.arange(6, dtype=torch.int32, device=gpu).view(2, 3))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_bits_do_not_change_between_runs(gpu: str) -> None:
     arguments = [x.to(gpu) for x in draw(2000, 768, 8, 6)]
     first = combine_backward(*arguments)
@@ -182,7 +149,7 @@ def test_bits_do_not_change_between_runs(gpu: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(combine_backward(*arguments), first, strict=True))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_in_a_cuda_graph(gpu: str) -> None:
     y, row, partial = (x.to(gpu) for x in draw(500, 128, 6, 4))
     combine_backward(y, row, partial)
@@ -195,7 +162,7 @@ def test_in_a_cuda_graph(gpu: str) -> None:
     assert torch.equal(captured[1], sum_partials(partial, row))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_fake_shapes_are_the_real_ones(gpu: str) -> None:
     y, row, partial = (x.to(gpu) for x in draw(50, 64, 3, 2))
     for op, arguments in (

@@ -63,23 +63,12 @@ def test_no_kernel_is_unlisted() -> None:
     assert unlisted_kernels(cuda_sources(), triton_kernels()) == []
 
 
-class Launches:
-    """Stands for a kernel and notes how it is launched."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> "Launches":
-        return self
-
-    def __call__(self, *args, **options) -> None:
-        self.args, self.options = args, options
-
-
 @pytest.mark.parametrize("split", [True, False], ids=["adamw_split", "adamw_plain"])
-def test_adamw_is_listed_as_it_is_launched(split: bool, monkeypatch) -> None:
+def test_adamw_is_listed_as_it_is_launched(split: bool, launches_of) -> None:
     from nmoe.kernels.native import adamw_triton
 
     (listed,) = [k for k in triton_kernels() if k.name == f"adamw_{'split' if split else 'plain'}"]
-    names, launches = adamw_triton._adamw_kernel.arg_names, Launches()
-    monkeypatch.setattr(adamw_triton, "_adamw_kernel", launches)
+    names, launches = adamw_triton._adamw_kernel.arg_names, launches_of(adamw_triton, "_adamw_kernel")
     weight, residual = split_master(torch.zeros(1 << 12)) if split else (torch.zeros(1 << 12), None)
     m, v, grad = torch.zeros(3, 1 << 12)
     step = AdamWStep(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=1)

@@ -4,10 +4,7 @@ Operands are small integers, so that fp32 (and, for rows of a result, bf16) hold
 float64's, whatever the order of the sum. Random reals are compared on the GPU, with bounds.
 """
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +141,10 @@ def exact_wgrad(case: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+def interpreted(interpret: Callable[..., dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Results by `<case>/<name>`, from one run of the interpreter."""
-    folder = tmp_path_factory.mktemp("interpreted")
     cases = (*GEMM_CASES, *WGRAD_CASES)
-    np.savez(folder / "cases.npz", **{f"{case}/{name}": a for case in cases for name, a in draw(case).items()})
-    script = Path(__file__).with_name("grouped_gemm_interpreted.py")
-    command = [sys.executable, str(script), str(folder / "cases.npz"), str(folder / "results.npz")]
-    subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-    return dict(np.load(folder / "results.npz", allow_pickle=False))
+    return interpret("grouped_gemm_interpreted.py", {case: draw(case) for case in cases})
 
 
 @pytest.mark.parametrize("case", GEMM_CASES)
@@ -232,27 +224,11 @@ def test_compiles_without_local_memory(kernel: Any, tmp_path: Path) -> None:
     assert text.count("cp.async.cg.shared.global") >= 24, "both operands, four steps ahead"
 
 
-class Launches:
-    """Stands for a kernel and notes how it is launched."""
-
-    def __init__(self) -> None:
-        self.grid: tuple[int, ...] | None = None
-        self.args: tuple[Any, ...] = ()
-        self.options: dict[str, Any] = {}
-
-    def __getitem__(self, grid: tuple[int, ...]) -> "Launches":
-        self.grid = grid
-        return self
-
-    def __call__(self, *args: Any, **options: Any) -> None:
-        self.args, self.options = args, options
-
-
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_what_is_compiled_ahead_is_what_is_launched(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_ahead_is_what_is_launched(arch: str, launches_of, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every launch of an expert layer's four products is one of the catalog's, and each of those has a launch."""
     from nmoe.kernels.native import grouped_gemm_triton as module
 
@@ -260,8 +236,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(arch: str, monkeypatch: pyte
     monkeypatch.setattr(module, "_tiles", lambda device: module._TILES[arch])
 
     def note(name: str, call: Any) -> None:
-        launches = Launches()
-        monkeypatch.setattr(module, name, launches)
+        launches = launches_of(module, name)
         call()
         types = tuple(TYPES[x.dtype] if isinstance(x, torch.Tensor) else "i32" for x in launches.args)
         launched.add((name, types, frozenset(launches.options.items())))
@@ -336,7 +311,6 @@ def test_wgrad_refuses(changed: dict[str, torch.Tensor], message: str) -> None:
 
 # On the GPU at hand.
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")]
 GPU_SIZES = {
     "ragged": (100, 0, 1, 155),
     "around_tiles": (127, 0, 128, 129, 0, 257, 383),
@@ -386,7 +360,7 @@ def call_wgrad(case: dict[str, np.ndarray], device: torch.device) -> torch.Tenso
 
 
 class TestOnGpu:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     @pytest.mark.parametrize("kinds", [(), ("gather",), ("transposed",), ("transposed", "gather")])
     @pytest.mark.parametrize("case", GPU_CASES)

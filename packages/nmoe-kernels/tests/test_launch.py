@@ -13,14 +13,12 @@ import torch
 pytest.importorskip("cuda.core", reason="cuda-core is for Linux")
 
 from cuda.bindings import driver
-from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.errors import KernelError, ShapeError, UnsupportedArchError
 from nmoe.kernels.runtime import launch
 from nmoe.kernels.runtime.cache import KernelCache
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, KernelLaunchError, TensorMap, compile_all, tensor_map
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
 ARCHES = ("sm_90a", "sm_100a")
 
 KERNELS = """
@@ -210,15 +208,8 @@ def test_tiles_that_tma_cannot_describe_are_refused(change: dict, message: str) 
         tensor_map(**tiles | change)
 
 
-@pytest.fixture
-def on_gpu() -> None:
-    if detect_arch() not in ARCHES:
-        pytest.skip(f"needs one of {ARCHES}, found {detect_arch()}")
-
-
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("shared_bytes", [1024, 200_000], ids=["little shared memory", "more than 48 KiB"])
 def test_eager(twice: CudaKernel, shared_bytes: int) -> None:
     x = torch.arange(1000.0, device="cuda")
@@ -237,8 +228,7 @@ def reversed_product(kernel: CudaKernel, shared_bytes: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("shared_bytes", [47 * 1024, 47 * 1024 + 4, 48 * 1024, 48 * 1024 + 4])
 def test_shared_memory_about_48_kib(folder: Path, shared_bytes: int) -> None:
     """Of a launch; the kernel's own KiB counts too."""
@@ -246,8 +236,7 @@ def test_shared_memory_about_48_kib(folder: Path, shared_bytes: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 def test_shared_memory_that_differs_between_launches(folder: Path) -> None:
     """From several threads at once, more and less of it: no launch takes another's limit away."""
     reverse, errors = kernel(folder, "reverse"), []
@@ -269,8 +258,7 @@ def test_shared_memory_that_differs_between_launches(folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 def test_captured(twice: CudaKernel) -> None:
     """A replay runs the kernel with the parameters of its capture, whatever became of the struct."""
     twice.load()
@@ -286,8 +274,7 @@ def test_captured(twice: CudaKernel) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 def test_the_stream_is_torchs_or_the_one_that_is_named(twice: CudaKernel) -> None:
     """A stream that another holds up leaves x as it is until it is let go."""
     run(twice, torch.ones(1, device="cuda"))
@@ -306,8 +293,7 @@ def test_the_stream_is_torchs_or_the_one_that_is_named(twice: CudaKernel) -> Non
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 def test_from_a_thread_that_has_not_used_cuda(twice: CudaKernel) -> None:
     x = torch.ones(1000, device="cuda")
     run(twice, x)
@@ -329,8 +315,7 @@ def test_from_a_thread_that_has_not_used_cuda(twice: CudaKernel) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 def test_refusals_are_typed(twice: CudaKernel) -> None:
     x = torch.ones(8, device="cuda")
     with pytest.raises(KernelLaunchError, match=r"'twice'.*CUDA_ERROR_INVALID_VALUE.*limits"):
@@ -345,8 +330,7 @@ def test_refusals_are_typed(twice: CudaKernel) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("column", "row"), [(0, 0), (8, 16), (16, 28), (20, 30)])
 def test_a_tile_by_tma(folder: Path, column: int, row: int) -> None:
     """Of a 30×20 view in rows of 24: what lies outside of the 30×20 reads as zero, though memory has other values."""
@@ -362,8 +346,7 @@ def test_a_tile_by_tma(folder: Path, column: int, row: int) -> None:
 
 
 @pytest.mark.gpu
-@needs_gpu
-@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.usefixtures("gpu")
 def test_a_launch_takes_little_host_time(twice: CudaKernel) -> None:
     """Under 10 µs each in the best of many short rounds; the driver's queue holds a round."""
     x = torch.ones(8, device="cuda")

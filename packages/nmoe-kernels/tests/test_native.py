@@ -2,11 +2,12 @@
 CPU (`-m gpu`)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from nmoe.kernels.errors import ShapeError, UnsupportedArchError
+from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.ops import Ops, select_ops
 from nmoe.kernels.reference import cross_entropy
 from nmoe.kernels.reference.adamw import AdamWStep
@@ -23,17 +24,9 @@ ROUNDING = 2.0**-8
 """Of bf16, relative."""
 
 
-def on_gpu(test: Any) -> Any:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
-    return pytest.mark.gpu(skip(test))
-
-
 @pytest.fixture
-def native() -> Ops:
-    try:
-        return select_ops("native", "cuda")
-    except UnsupportedArchError as error:
-        pytest.skip(str(error))
+def native(gpu: str) -> Ops:
+    return select_ops("native", gpu)
 
 
 def norm_error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -50,7 +43,7 @@ def naive_attention(
     return (q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("widths", [(192, 128), (128, 128), (64, 64)])
 @pytest.mark.parametrize(
     ("queries", "keys", "window"),
@@ -76,7 +69,7 @@ def test_attention(native: Ops, queries: int, keys: int, window: int | None, wid
     assert queries == 1 or norm_error(found, wrong) > 2 * ROUNDING
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_reference_wgrad_rounds_no_product() -> None:
     """bf16 into fp32 on the device: 256 terms in fp32."""
     sizes = (100, 0, 1, 155)
@@ -88,7 +81,7 @@ def test_reference_wgrad_rounds_no_product() -> None:
     assert norm_error(into, torch.stack([x.T @ y for x, y in pairs])) < 1e-5
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 rows in chunks: the loss in fp32's precision, gradients within two bf16 roundings."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 100 * 1000)
@@ -218,7 +211,7 @@ def same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> 
     return all(x is y is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
 def test_experts(native: Ops, problem: Problem) -> None:
     """Output and every gradient within two bf16 roundings of the norm: at most five lie on a way, and they are
@@ -239,7 +232,7 @@ def test_experts(native: Ops, problem: Problem) -> None:
         assert norm_error(found.gate, wrong.gate) > 2 * ROUNDING
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[4], PROBLEMS[7]], ids=["some", "most_empty", "same"])
 def test_main_grad_is_overwritten_when_stale_and_added_to_when_not(native: Ops, problem: Problem) -> None:
     """In fp32: what autograd gets without it is the same, rounded once. The second of two equal gradients doubles the
@@ -268,7 +261,7 @@ def test_main_grad_is_overwritten_when_stale_and_added_to_when_not(native: Ops, 
     assert same([weight.main_grad for weight in weights], [a + b for a, b in zip(before, first, strict=True)])
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [(2,), (3,), (2, 3), (0, 1), (0, 1, 2)], ids=str)
 def test_inputs_that_need_no_gradient(native: Ops, frozen: tuple[int, ...]) -> None:
     """Of x, logits, w13 and w2. The others' gradients keep their bits, and a frozen weight's main_grad its own."""
@@ -286,7 +279,7 @@ def test_inputs_that_need_no_gradient(native: Ops, frozen: tuple[int, ...]) -> N
         assert leaves[i].main_grad_stale
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
 def test_inference_gives_the_bits_of_training(native: Ops, problem: Problem, mode: Any) -> None:
@@ -300,7 +293,7 @@ def test_inference_gives_the_bits_of_training(native: Ops, problem: Problem, mod
     assert torch.equal(out, trained.out)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
 def test_experts_are_bitwise_the_same_from_run_to_run(native: Ops, problem: Problem) -> None:
     layer = draw_layer(problem)
@@ -309,7 +302,7 @@ def test_experts_are_bitwise_the_same_from_run_to_run(native: Ops, problem: Prob
         assert same(run(native, layer, layer.leaves(), problem.top_k), first)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_an_expanded_output_gradient(native: Ops) -> None:
     """What `.sum()` hands back has strides of 0."""
     problem = PROBLEMS[0]
@@ -328,7 +321,7 @@ def misaligned(tensor: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("which", ["x", "dout"])
 def test_tokens_off_by_a_value(native: Ops, which: str) -> None:
     """A view that TMA and 16-byte copies cannot read."""
@@ -341,7 +334,7 @@ def test_tokens_off_by_a_value(native: Ops, which: str) -> None:
     assert same(run(native, moved, leaves, problem.top_k), expected)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("which", ["w13", "w2"])
 def test_weights_off_by_a_value_are_refused(native: Ops, which: str) -> None:
     problem = PROBLEMS[0]
@@ -351,7 +344,7 @@ def test_weights_off_by_a_value_are_refused(native: Ops, which: str) -> None:
         run(native, moved, moved.leaves(), problem.top_k)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
 def test_products_leave_their_counters_at_zero(native: Ops, problem: Problem) -> None:
     """An index serves again and again: training that overwrites and then adds, and inference between; same bits."""
@@ -379,7 +372,7 @@ def test_products_leave_their_counters_at_zero(native: Ops, problem: Problem) ->
         assert same(found, first)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_gradients_gradient_is_refused(native: Ops) -> None:
     problem = PROBLEMS[0]
     layer = draw_layer(problem)
@@ -392,7 +385,7 @@ def test_a_gradients_gradient_is_refused(native: Ops) -> None:
         dx.float().sum().backward()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_no_tokens(native: Ops) -> None:
     """A stale main_grad becomes zeros, which is the gradient of nothing."""
     layer = draw_layer(Problem(0, 64, 96, 6, 3))
@@ -406,7 +399,7 @@ def test_no_tokens(native: Ops) -> None:
     assert all(not weight.main_grad.any() for weight in leaves[2:])
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[5]], ids=["some_empty", "many_rows"])
 def test_experts_in_a_cuda_graph(native: Ops, problem: Problem) -> None:
     """Forward and backward in one graph; a replay sees the inputs of its time, whose rows are routed otherwise."""
@@ -436,8 +429,7 @@ def test_experts_in_a_cuda_graph(native: Ops, problem: Problem) -> None:
 # --- without a GPU ---------------------------------------------------------------------------------------------------
 
 
-def cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
+cuda = partial(torch.empty, dtype=torch.bfloat16, device="cuda")
 
 
 def fake_index(tokens: int, n_experts: int, top_k: int) -> RowIndex:
@@ -617,7 +609,7 @@ def test_the_most_tokens_are_accepted(tokens: int, hidden: int) -> None:
         assert experts(**fake_arguments(**many_tokens(tokens, hidden))).shape == (tokens, 16)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 4097, 1 << 20])
 @pytest.mark.parametrize("split", [True, False], ids=["split", "plain"])
 def test_adamw(native: Ops, n: int, split: bool) -> None:

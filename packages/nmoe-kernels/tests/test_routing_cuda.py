@@ -1,11 +1,11 @@
-"""Routing in CUDA: refusals, shapes and the compile without a GPU; values against the reference on one (`-m gpu`)."""
+"""Routing in CUDA: refusals and shapes without a GPU; values against the reference on one (`-m gpu`)."""
 
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
 import pytest
 import torch
-from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.reference import routing as reference
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,36 +23,12 @@ from nmoe.kernels.native.routing_cuda import (
     route,
 )
 from nmoe.kernels.runtime.launch import CudaKernel
-from nmoe.kernels.runtime.nvrtc import compile_cubin
-from nmoe.kernels.runtime.resources import kernel_resources, with_spills
 
 ULP = 2.0**-23
 """Of fp32, relative."""
 
 
-def on_gpu(test: Any) -> Any:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
-    return pytest.mark.gpu(skip(test))
-
-
-@pytest.fixture
-def gpu() -> str:
-    arch = detect_arch("cuda")
-    if arch not in SOURCES[0].arches:
-        pytest.skip(f"expected one of {SOURCES[0].arches}, found {arch}")
-    return "cuda"
-
-
 # --- without a GPU ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-def test_compiles_without_spills(source: Any, arch: str) -> None:
-    compiled = compile_cubin(source, arch)
-    kernels = with_spills(kernel_resources(compiled.cubin), compiled.log)
-    assert source.entry in [kernel.name for kernel in kernels]
-    assert not any(kernel.spills for kernel in kernels)
 
 
 def test_kernels_have_names_of_their_own() -> None:
@@ -102,8 +78,7 @@ def test_groups_are_the_references_work() -> None:
     assert found.histogram_BE is None
 
 
-def cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
+cuda = partial(torch.empty, device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +151,7 @@ def check_nearly_best(expert_TK: torch.Tensor, choice_TE: torch.Tensor) -> None:
     assert (expert_TK.long().sort(1).values.diff(dim=1) > 0).all()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("biased", [0.0, 0.2, 5.0])
 @pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), SHAPES)
 def test_route(gpu: str, n_tokens: int, n_experts: int, top_k: int, biased: float) -> None:
@@ -200,7 +175,7 @@ def stable_best(choice_TE: torch.Tensor, top_k: int) -> torch.Tensor:
     return torch.sort(choice_TE.cpu(), dim=-1, descending=True, stable=True).indices[:, :top_k].int()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("n_experts", "top_k"), [(3, 3), (64, 6), (128, 8), (256, 7), (512, 10), (600, 4)])
 @pytest.mark.parametrize("kind", ["quantised", "saturated", "equal", "one_lane", "bias_beyond"])
 def test_ties_go_to_the_lower_expert(gpu: str, kind: str, n_experts: int, top_k: int) -> None:
@@ -222,7 +197,7 @@ def test_ties_go_to_the_lower_expert(gpu: str, kind: str, n_experts: int, top_k:
     assert torch.equal(found.expert_TK.cpu(), stable_best(choices(logits, bias), top_k))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_experts", [64, 128, 256, 600])
 def test_choices_that_differ_little_keep_their_order(gpu: str, n_experts: int) -> None:
     """Steps of a few units in the last place around 0.5 + bias, finer than the quick selection tells apart. The scores
@@ -232,7 +207,7 @@ def test_choices_that_differ_little_keep_their_order(gpu: str, n_experts: int) -
     assert torch.equal(found.expert_TK.cpu(), stable_best(bias.expand(100, -1) + 0.5, 6))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("n_experts", "top_k"), [(5, 5), (128, 8), (256, 7), (512, 10), (600, 4)])
 def test_nan_ranks_first_and_breaks_nothing(gpu: str, n_experts: int, top_k: int) -> None:
     logits, bias = torch.randint(-4, 5, (300, n_experts), device=gpu) * 0.5, torch.zeros(n_experts, device=gpu)
@@ -248,7 +223,7 @@ def test_nan_ranks_first_and_breaks_nothing(gpu: str, n_experts: int, top_k: int
     assert ((found.expert_TK >= 0) & (found.expert_TK < n_experts)).all()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_logits_off_by_a_word(gpu: str) -> None:
     """A view that 16-byte loads cannot read."""
     logits, bias = torch.randn(100 * 128 + 1, device=gpu)[1:].view(100, 128), torch.zeros(128, device=gpu)
@@ -257,7 +232,7 @@ def test_logits_off_by_a_word(gpu: str) -> None:
     assert torch.equal(found.gate_TK, expected.gate_TK)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), SHAPES)
 def test_route_backward(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> None:
     """Against autograd in float64 through the same experts; exactly zero elsewhere."""
@@ -275,7 +250,7 @@ def test_route_backward(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> 
     assert not torch.signbit(logits.grad[others]).any()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_an_expanded_gradient(gpu: str) -> None:
     """What `.sum()` hands back: one value with strides of 0. Gates sum to the scale, so that nothing remains of it."""
     logits = torch.randn(50, 64, device=gpu, requires_grad=True)
@@ -314,7 +289,7 @@ def check_schedule(schedule: torch.Tensor, edges: list[int]) -> None:
     assert [row for _, first, rows, _ in found for row in range(first, first + rows)] == list(range(edges[-1]))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("n_tokens", "n_experts", "top_k"),
     # 1281: the least that leaves a block fewer warps.
@@ -326,7 +301,7 @@ def test_index_rows(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> None
     check_index(index_rows(expert_TK, n_experts), expert_TK, n_experts)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_experts", [341, 342, 349, 350, 351, 352])
 def test_index_rows_where_shared_memory_passes_48_kib(
     gpu: str, n_experts: int, monkeypatch: pytest.MonkeyPatch
@@ -338,7 +313,7 @@ def test_index_rows_where_shared_memory_passes_48_kib(
     check_index(index_rows(expert_TK, n_experts), expert_TK, n_experts)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_tokens", [1, BLOCK_ROWS, BLOCK_ROWS + 1, 5000, 100_000])
 @pytest.mark.parametrize(("expert", "n_experts"), [(0, 1), (0, 128), (127, 128), (4, 7), (4095, 4096)])
 def test_all_rows_to_one_expert(gpu: str, expert: int, n_experts: int, n_tokens: int) -> None:
@@ -346,21 +321,21 @@ def test_all_rows_to_one_expert(gpu: str, expert: int, n_experts: int, n_tokens:
     check_index(index_rows(expert_TK, n_experts), expert_TK, n_experts)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_experts_without_rows(gpu: str) -> None:
     """Every other one, the first and the last."""
     expert_TK = (distinct(40, 7, 3) * 2 + 1).to(gpu)
     check_index(index_rows(expert_TK, 16), expert_TK, 16)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), [*SHAPES, (0, 12, 3)])
 def test_index_rows_from_the_routes_counts(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> None:
     routing = route(torch.randn(n_tokens, n_experts, device=gpu), torch.zeros(n_experts, device=gpu), top_k=top_k)
     check_index(index_rows(routing.expert_TK, n_experts, routing.histogram_BE), routing.expert_TK, n_experts)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_bits_do_not_change_between_runs(gpu: str) -> None:
     """Ties, skew and equal addresses included."""
     logits = torch.randn(4000, 128, device=gpu)
@@ -382,7 +357,7 @@ def test_bits_do_not_change_between_runs(gpu: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_in_a_cuda_graph(gpu: str) -> None:
     """A replay sees the logits of its time."""
     logits, bias = torch.randn(1000, 128, device=gpu), torch.zeros(128, device=gpu)
@@ -403,7 +378,7 @@ def test_in_a_cuda_graph(gpu: str) -> None:
             check_index(index, expected.expert_TK, 128)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_fake_shapes_are_the_real_ones(gpu: str) -> None:
     """And no argument is written, though the schema says so."""
     checks = ("test_schema", "test_faketensor")

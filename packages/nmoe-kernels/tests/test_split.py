@@ -1,34 +1,17 @@
-"""An fp32 matrix as two bf16 ones: refusals and the compile without a GPU; values on one (`-m gpu`)."""
+"""An fp32 matrix as two bf16 ones: refusals without a GPU; values on one (`-m gpu`)."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.errors import ShapeError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("cuda.bindings", reason="the CUDA kernels are for Linux")
-from nmoe.kernels.native.split_cuda import SOURCES, split
-from nmoe.kernels.runtime.nvrtc import compile_cubin
-from nmoe.kernels.runtime.resources import kernel_resources, with_spills
+from nmoe.kernels.native.split_cuda import split
 
-
-def on_gpu(test: Any) -> Any:
-    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
-    return pytest.mark.gpu(skip(test))
-
-
-@pytest.fixture
-def gpu() -> str:
-    arch = detect_arch("cuda")
-    if arch not in SOURCES[0].arches:
-        pytest.skip(f"expected one of {SOURCES[0].arches}, found {arch}")
-    return "cuda"
-
-
-def cuda(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="cuda")
+cuda = partial(torch.empty, device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -51,22 +34,13 @@ def test_refusals(make: Any, found: str) -> None:
         split(make())
 
 
-@pytest.mark.parametrize("arch", SOURCES[0].arches)
-def test_compiles_without_spills(arch: str) -> None:
-    (source,) = SOURCES
-    compiled = compile_cubin(source, arch)
-    (kernel,) = with_spills(kernel_resources(compiled.cubin), compiled.log)
-    assert kernel.name == source.entry
-    assert not kernel.spills
-
-
 def draw(rows: int, columns: int, exponent: int = 0) -> torch.Tensor:
     """Random numbers of both signs with a zero now and then, times powers of two from -exponent to exponent."""
     wide = torch.randn(rows, columns) * 2.0 ** torch.randint(-exponent, exponent + 1, (rows, columns))
     return wide * (torch.rand(rows, columns) < 0.99)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("exponent", [0, 60], ids=["near", "far"])
 @pytest.mark.parametrize(
     ("rows", "columns"),
@@ -85,20 +59,20 @@ def test_parts_sum_to_the_whole(gpu: str, rows: int, columns: int, exponent: int
     assert (left.abs() <= 2.0**-17 * wide.double().abs()).all()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
 def test_nothing(gpu: str, shape: tuple[int, int]) -> None:
     assert split(torch.empty(shape, device=gpu)).shape == (shape[0], 2, shape[1])
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_a_view_that_starts_at_any_word(gpu: str) -> None:
     """And what stands before and after it is not taken for it."""
     whole = draw(40, 3)
     assert torch.equal(split(whole.to(gpu)[7:31]), split(whole[7:31].to(gpu)))
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_beyond_2_to_the_31_elements(gpu: str) -> None:
     """The last rows are found, and written where they belong: their own numbers pass 2^31, their parts' 2^32."""
     columns = 96
@@ -111,7 +85,7 @@ def test_beyond_2_to_the_31_elements(gpu: str) -> None:
     assert torch.equal(found[:, 1], (tail - tail.bfloat16().float()).bfloat16())
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_in_a_cuda_graph(gpu: str) -> None:
     """A replay sees the numbers of its time."""
     wide = torch.zeros(333, 3, device=gpu)

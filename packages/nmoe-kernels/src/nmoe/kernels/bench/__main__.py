@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--peers", type=_peers, default=PEERS, help=f"out of {', '.join(PEERS)}; or none")
     layer.add_argument("--routing", type=_routings, default=["uniform"], help=f"out of {', '.join(ROUTING_KINDS)}")
     layer.add_argument("--rounds", type=_count, default=3, help="turns that each layer takes (default: 3)")
-    layer.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
+    _add_output(layer)
     layer.add_argument("--peer-path", metavar="DIR", help="folder of SonicMoE's packages, for its process only")
     _add_timeout(layer)
     layer.set_defaults(run=_moe_layer)
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     cold = commands.add_parser("cold", help="the first forward and backward with an empty kernel cache")
     cold.add_argument("--shape", type=_shape, default=NAMED_SHAPES["moonlet"], help=_SHAPE_HELP + " (default: moonlet)")
+    _add_output(cold)
     _add_timeout(cold)
     cold.set_defaults(run=_cold)
 
@@ -60,8 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         "--routing", type=_routings, default=["uniform", "zipf"], help=f"out of {', '.join(ROUTING_KINDS)}"
     )
     bits.add_argument("--processes", type=_processes, default=10, help="one after another (default: 10)")
+    _add_output(bits)
     _add_timeout(bits)
     bits.set_defaults(run=_equal_bits)
+
+    accuracy = commands.add_parser(
+        "accuracy", help="distance from float64 beside that of PyTorch's bf16 ops; exit code 1 if ours is above"
+    )
+    _add_output(accuracy)
+    accuracy.set_defaults(run=_accuracy)
 
     worker = commands.add_parser("worker", help="one layer in this process; prints one JSON line")
     worker.add_argument("--task", choices=("time", "cold", "bits"), default="time")
@@ -69,11 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--shape", type=_shape, required=True, help=_SHAPE_HELP)
     worker.add_argument("--routing", type=_routings, default=["uniform"])
     worker.set_defaults(run=_worker)
+    for command in commands.choices.values():
+        command.allow_abbrev = False  # `command_line` knows by its whole name which option holds a folder
     return parser
 
 
 def _add_shapes(parser: argparse.ArgumentParser, default: Sequence[Shape]) -> None:
     parser.add_argument("--shapes", type=_shape, nargs="+", default=list(default), help=_SHAPE_HELP)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file to write")
 
 
 def _add_timeout(parser: argparse.ArgumentParser) -> None:
@@ -163,14 +177,24 @@ def _cold(args: argparse.Namespace, typed: list[str]) -> int:
     from nmoe.kernels.bench.cold import print_cold
 
     _require_gpu()
-    print_cold(args.shape, args.timeout)
+    print_cold(args.shape, args.timeout, command=command_line(typed), output=args.output)
     return 0
 
 
 def _equal_bits(args: argparse.Namespace, typed: list[str]) -> int:
     from nmoe.kernels.bench.equal_bits import print_equal_bits
 
-    return 0 if print_equal_bits(args.shape, args.routing, args.processes, args.timeout) else 1
+    same = print_equal_bits(
+        args.shape, args.routing, args.processes, args.timeout, command=command_line(typed), output=args.output
+    )
+    return 0 if same else 1
+
+
+def _accuracy(args: argparse.Namespace, typed: list[str]) -> int:
+    from nmoe.kernels.bench.accuracy import print_accuracy
+
+    _require_gpu()
+    return 0 if print_accuracy(command=command_line(typed), output=args.output) else 1
 
 
 def _require_gpu() -> None:

@@ -1,14 +1,13 @@
 """`moe-layer`: the MoE layer beside its peers, each in processes of its own that take turns."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nmoe.kernels.bench.problem import RoutingKind, Shape
 from nmoe.kernels.bench.processes import run_process, sonic_environment
 from nmoe.kernels.bench.report import markdown, summarise, text_header, text_lines
+from nmoe.kernels.bench.results import header, write
 
 NOTE = (
     "One layer: router, top-k, experts, combine; training forward; random normal data; medians over rounds of medians. "
@@ -48,24 +47,14 @@ def compare(
     Returns:
         The results: `machine`, `versions` by layer, `command`, `date` (UTC), `note`, `clocks`, `rows`.
     """
-    results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": command,
-        "machine": {},
-        "versions": {},
-        "clocks": {},
-        "note": NOTE,
-        "rounds": rounds,
-        "rows": [],
-    }
+    results = header(command, {}, {}) | {"clocks": {}, "note": NOTE, "rounds": rounds, "rows": []}
     print(text_header(), flush=True)
     for routing in routings:
         for shape in shapes:
             for row in _compare_one(shape, layers, routing, rounds, run, results):
                 results["rows"].append(row)
                 print("\n".join(text_lines(row)), flush=True)
-            if output is not None:
-                output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            write(results, output)
     print("\n" + markdown([results]), flush=True)
     return results
 

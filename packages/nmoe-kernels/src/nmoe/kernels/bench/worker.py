@@ -126,13 +126,15 @@ def _cold(name: str, shape: Shape, routings: list[RoutingKind]) -> dict[str, Any
 
 
 def _bits(name: str, shape: Shape, routings: list[RoutingKind]) -> dict[str, Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result: dict[str, Any] = {"layer": name, "hashes": {}}
+    on_gpu = torch.cuda.is_available()
+    result: dict[str, Any] = {"layer": name, "hashes": {}, "machine": machine.describe_gpu() if on_gpu else {}}
     for routing in routings:
-        problem = make_problem(shape, routing, device)
+        problem = make_problem(shape, routing, "cuda" if on_gpu else "cpu")
         layer = LAYERS[name](problem)
         check_rows(layer.rows_per_expert(problem.x_TD), shape, routing)
         result["hashes"][routing] = hash_step(layer, problem)
+        # Without a GPU nothing is compiled, and NVRTC may be missing.
+        result["versions"] = layer.versions() if on_gpu else machine.versions(layer.packages)
     return result
 
 

@@ -2,6 +2,7 @@
 // that one launch may do either or both.
 //
 // Shapes: T tokens, D width, K slots, R = T*K rows, N partial sums per row.
+#include "bf16.cuh"
 
 constexpr int IN_FLIGHT = 8;
 constexpr int LANES = 8;  // bf16 values of a 16-byte piece
@@ -11,12 +12,6 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
-  return x;
-}
-
-__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
-  unsigned x;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
   return x;
 }
 
@@ -60,8 +55,8 @@ __device__ __forceinline__ void sum_slots(const CombineParams& p, unsigned piece
       const unsigned words[4] = {rows[k].x, rows[k].y, rows[k].z, rows[k].w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sum[2 * i] += __uint_as_float(words[i] << 16);
-        sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
+        sum[2 * i] += bf16_low(words[i]);
+        sum[2 * i + 1] += bf16_high(words[i]);
       }
     }
   }

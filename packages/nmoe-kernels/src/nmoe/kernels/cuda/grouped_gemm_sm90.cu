@@ -8,7 +8,7 @@
 //   GATHER     1: row r of A is source[token[r]]; 0: row r of `rows`
 //   WEIGHT_MN  0: weight rows run along the reduction (out, in); 1: along the output (in, out)
 //   TILE_M     128 or 256 rows a CTA
-//   TILE_N     128, 192 or 256 columns of the product a CTA
+//   TILE_N     128 or 256 columns of the product a CTA
 //   STAGES     depth of the ring
 //   EPILOGUE   STORE, SWIGLU, DSWIGLU
 //   KEEP_PRE   SWIGLU: 1 writes the pre-activation too
@@ -56,9 +56,8 @@ constexpr int kBarriers = STAGES * kStage + 8 * kStaging;               // offse
 constexpr int kProducerRegisters = GATHER ? 56 : 40;  // a gather keeps an address a row
 constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 
-static_assert(TILE_N / 64 % 2 == 0, "chunks of staging must alternate from tile to tile");
 static_assert(kParts <= 2, "a block has two halves");
-static_assert(WEIGHT_MN || TILE_N % 128 == 0, "a box holds 128 rows of weights");
+static_assert(TILE_N % 128 == 0, "a box holds 128 rows of weights");
 
 struct Tile {
   int expert, first, rows, column;  // rows 0: there are no more tiles

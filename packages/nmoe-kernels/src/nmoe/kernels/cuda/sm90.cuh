@@ -2,10 +2,9 @@
 // PTX ISA 8.x, "Asynchronous Warpgroup Level Matrix Instructions" and "Data Movement and Conversion Instructions".
 // No header of the CUDA toolkit is needed, so that NVRTC compiles this anywhere in a second.
 #pragma once
+#include "bf16.cuh"
 
-typedef unsigned int u32;
 typedef unsigned long long u64;
-typedef unsigned short bf16;  // bit pattern
 
 struct alignas(64) TensorMap {
   u64 opaque[16];
@@ -128,16 +127,6 @@ __device__ __forceinline__ void registers_shrink() {
 
 // --- numbers --------------------------------------------------------------------------------------------------------
 
-// Two fp32 to two bf16 in one word, round to nearest even; `low` at the lower address.
-__device__ __forceinline__ u32 pack_bf16(float low, float high) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
-}
-
-__device__ __forceinline__ float bf16_low(u32 packed) { return __uint_as_float(packed << 16); }
-__device__ __forceinline__ float bf16_high(u32 packed) { return __uint_as_float(packed & 0xffff0000u); }
-
 // 1 / (1 + e^-x), both steps within 2 ulp of fp32.
 __device__ __forceinline__ float sigmoid(float x) {
   float e, s;
@@ -217,22 +206,6 @@ __device__ __forceinline__ void wgmma_m64n256k16(float (&d)[128], u64 a, u64 b, 
 }
 
 template <int TRANSPOSE_A, int TRANSPOSE_B>
-__device__ __forceinline__ void wgmma_m64n192k16(float (&d)[96], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95 "
-      "}, %96, %97, p, 1, 1, %99, %100;\n}\n"
-      : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16), NMOE_ACC16(d, 32), NMOE_ACC16(d, 48), NMOE_ACC16(d, 64), NMOE_ACC16(d, 80)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
-}
-
-template <int TRANSPOSE_A, int TRANSPOSE_B>
 __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
@@ -250,11 +223,6 @@ __device__ __forceinline__ void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, i
 template <int TRANSPOSE_A, int TRANSPOSE_B>
 __device__ __forceinline__ void wgmma(float (&d)[128], u64 a, u64 b, int accumulate) {
   wgmma_m64n256k16<TRANSPOSE_A, TRANSPOSE_B>(d, a, b, accumulate);
-}
-
-template <int TRANSPOSE_A, int TRANSPOSE_B>
-__device__ __forceinline__ void wgmma(float (&d)[96], u64 a, u64 b, int accumulate) {
-  wgmma_m64n192k16<TRANSPOSE_A, TRANSPOSE_B>(d, a, b, accumulate);
 }
 
 template <int TRANSPOSE_A, int TRANSPOSE_B>

@@ -5,8 +5,6 @@
 #include "sm90.cuh"
 
 struct TileQueue {
-  static constexpr u32 kBytes = 2 * 16 + 4 * 8;
-
   u32 shared;  // two tiles of 16 bytes, two barriers that say that they are there, two that they have been read
   u32 n = 0;
 

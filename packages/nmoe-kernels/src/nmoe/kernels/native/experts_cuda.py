@@ -89,25 +89,18 @@ def _check(
         )
 
 
-def _forward_cuda(
-    x_TD: torch.Tensor,
-    order_R: torch.Tensor,
-    token_R: torch.Tensor,
-    row_TK: torch.Tensor,
-    offset_E: torch.Tensor,
-    schedule: torch.Tensor,
-    gate_TK: torch.Tensor,
-    w13_e2FD: torch.Tensor,
-    w2_eDF: torch.Tensor,
-    training: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    index = RowIndex(order_R, token_R, row_TK, offset_E, schedule)
+# An op takes an index as its tensors one by one, in the order of RowIndex: its schema knows no tuple of them.
+
+
+def _forward_cuda(x_TD: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *tensors, gate_TK, w13_e2FD, w2_eDF, training = arguments
+    index = RowIndex(*tensors)
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD), x_TD.new_empty(0, 2 * w2_eDF.shape[2])
     with torch.cuda.device(x_TD.device):
         activation_RF, pre_R2F = gemm.up(_aligned(x_TD), index, w13_e2FD, keep_pre=training)
         y_RD = gemm.down(activation_RF, index, gate_TK.contiguous(), w2_eDF)
-        return combine(y_RD, row_TK), pre_R2F
+        return combine(y_RD, index.row_TK), pre_R2F
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,44 +109,19 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _forward_fake(
-    x_TD: torch.Tensor,
-    order_R: torch.Tensor,
-    token_R: torch.Tensor,
-    row_TK: torch.Tensor,
-    offset_E: torch.Tensor,
-    schedule: torch.Tensor,
-    gate_TK: torch.Tensor,
-    w13_e2FD: torch.Tensor,
-    w2_eDF: torch.Tensor,
-    training: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward_fake(x_TD: torch.Tensor, order_R: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, w2_eDF, training = arguments
     return torch.empty_like(x_TD), x_TD.new_empty(order_R.shape[0] if training else 0, 2 * w2_eDF.shape[2])
 
 
-def _backward_cuda(
-    dout_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    order_R: torch.Tensor,
-    token_R: torch.Tensor,
-    row_TK: torch.Tensor,
-    offset_E: torch.Tensor,
-    schedule: torch.Tensor,
-    gate_TK: torch.Tensor,
-    pre_R2F: torch.Tensor,
-    w13_e2FD: torch.Tensor,
-    w2_eDF: torch.Tensor,
-    dw13_e2FD: torch.Tensor | None,
-    dw2_eDF: torch.Tensor | None,
-    add13: bool,
-    add2: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward_cuda(dout_TD: torch.Tensor, x_TD: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *tensors, gate_TK, pre_R2F, w13_e2FD, w2_eDF, dw13_e2FD, dw2_eDF, add13, add2 = arguments
+    index = RowIndex(*tensors)
     if x_TD.shape[0] == 0:
         for into, add in ((dw13_e2FD, add13), (dw2_eDF, add2)):
             if into is not None and not add:
                 into.zero_()
         return torch.empty_like(x_TD), gate_TK.new_empty(gate_TK.shape)
-    index = RowIndex(order_R, token_R, row_TK, offset_E, schedule)
     x_TD, dout_TD = _aligned(x_TD), _aligned(dout_TD)
     with torch.cuda.device(x_TD.device):
         gated_RF, dpre_R2F, partial_NR = gemm.dgrad_activation(dout_TD, index, gate_TK.contiguous(), w2_eDF, pre_R2F)
@@ -162,34 +130,25 @@ def _backward_cuda(
         del gated_RF
         if dw13_e2FD is not None:
             gemm.wgrad_up(dpre_R2F, x_TD, index, dw13_e2FD, add=add13)
-        return combine_backward(gemm.dgrad_input(dpre_R2F, index, w13_e2FD), row_TK, partial_NR)
+        return combine_backward(gemm.dgrad_input(dpre_R2F, index, w13_e2FD), index.row_TK, partial_NR)
 
 
-def _backward_fake(
-    dout_TD: torch.Tensor,
-    x_TD: torch.Tensor,
-    order_R: torch.Tensor,
-    token_R: torch.Tensor,
-    row_TK: torch.Tensor,
-    offset_E: torch.Tensor,
-    schedule: torch.Tensor,
-    gate_TK: torch.Tensor,
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _backward_fake(dout_TD: torch.Tensor, x_TD: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_TK = arguments[len(RowIndex._fields)]
     return torch.empty_like(x_TD), gate_TK.new_empty(gate_TK.shape)
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_TD, order_R, token_R, row_TK, offset_E, schedule, gate_TK, w13_e2FD, w2_eDF, _ = inputs
+    *kept, w13_e2FD, w2_eDF, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x_TD, order_R, token_R, row_TK, offset_E, schedule, gate_TK, output[1])
+    ctx.save_for_backward(*kept, output[1])
     ctx.weights = (w13_e2FD, w2_eDF)  # the very parameters: their main_grad is looked up when the gradient is there
 
 
 @once_differentiable
 def _gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    none = (None,) * 5
+    none = (None,) * len(RowIndex._fields)
     dout_TD = grads[0]
     if dout_TD is None:
         return None, *none, None, None, None, None
