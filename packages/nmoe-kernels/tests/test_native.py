@@ -17,8 +17,10 @@ from nmoe.kernels.reference.master import join_master, split_master
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("cuda.bindings", reason="the CUDA kernels are for Linux")
+from nmoe.kernels.native import grouped_gemm_cuda
 from nmoe.kernels.native.experts_cuda import experts
 from nmoe.kernels.native.routing_cuda import CHUNKS, SCHEDULE_HEAD, RowIndex, index_rows
+from nmoe.kernels.native.tiles import CANDIDATES, Tile
 
 ROUNDING = 2.0**-8
 """Of bf16, relative."""
@@ -206,6 +208,11 @@ def chosen(ops: Ops, layer: Layer, top_k: int) -> torch.Tensor:
     return ops.route(layer.logits, layer.bias, top_k=top_k).expert_TK.long().cpu()
 
 
+def tile_of(product: str, number: int) -> Tile:
+    """The candidate of that number, or the last where there are fewer."""
+    return CANDIDATES[product][min(number, len(CANDIDATES[product]) - 1)]
+
+
 def same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> bool:
     """Bit for bit."""
     return all(x is y is None or torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -230,6 +237,24 @@ def test_experts(native: Ops, problem: Problem) -> None:
     if problem.top_k > 1:  # the tolerance sees experts that are exchanged
         wrong = exact_result(layer, expert_TK.roll(1, 1))
         assert norm_error(found.gate, wrong.gate) > 2 * ROUNDING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
+def test_a_tile_has_no_influence_on_bits(
+    native: Ops, problem: Problem, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But on a gate's gradient, whose parts are summed tile by tile: that agrees within a rounding of fp32's sums."""
+    layer = draw_layer(problem)
+    expected = run(native, layer, layer.leaves(), problem.top_k)
+    monkeypatch.setattr(grouped_gemm_cuda, "choose_tile", lambda product, *_: tile_of(product, number))
+    found = run(native, layer, layer.leaves(), problem.top_k)
+    for name, a, b in zip(Result._fields, found, expected, strict=True):
+        if name in ("logits", "gate"):
+            assert norm_error(a, b.double().cpu()) < 1e-4
+        else:
+            assert torch.equal(a, b), name
 
 
 @pytest.mark.gpu

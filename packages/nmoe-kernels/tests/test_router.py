@@ -16,41 +16,44 @@ SHAPES = [(1, 8, 3), (77, 64, 16), (300, 576, 64), (128, 2048, 5)]
 """T, D and E."""
 
 
-def parts(device: str) -> Any:
+def path(name: str) -> Any:
     """A parameter of `by_parts`."""
-    return pytest.param(device, marks=pytest.mark.gpu if device == "cuda" else ())
+    return pytest.param(name, marks=() if name == "cpu" else pytest.mark.gpu)
 
 
-@pytest.fixture(params=[parts("cpu"), parts("cuda")])
+@pytest.fixture(params=[path("cpu"), path("cuda"), path("cuda_without_one_pass")])
 def by_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A device where fp32 weights are split. The CPU, which has no need to and no product for it, gets one here."""
-    if request.param == "cpu":
-        monkeypatch.setattr(router, "_splits", lambda x, weight: x.dtype == torch.bfloat16)
-        monkeypatch.setattr(router, "_split_gradient", lambda wide: torch.stack(router._split(wide)[:2], 1))
-        monkeypatch.setattr(router, "_add_product", lambda into, a, b: into.add_(a.float() @ b.float()))
-    return request.param
+    """A device where fp32 weights are split: a GPU, by the path that it takes of itself or part by part; or the CPU,
+    which has no need to and no kernels for it, and gets some here."""
+    if request.param != "cuda":
+        monkeypatch.setattr(router, "_in_one_pass", lambda x: False)
+    if request.param != "cpu":
+        return "cuda"
+    monkeypatch.setattr(router, "_splits", lambda x, weight: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(router, "_split", split_on_the_cpu)
+    monkeypatch.setattr(router, "_add_product", lambda into, a, b: into.add_(a.float() @ b.float()))
+    return "cpu"
 
 
-def without_part(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Loses one part of every weight's split, from 0."""
+def split_on_the_cpu(wide: torch.Tensor, n: int) -> torch.Tensor:
+    parts = []
+    for _ in range(n):
+        parts.append(wide.bfloat16())
+        wide = wide - parts[-1]
+    return torch.stack(parts, 1)
+
+
+def without_part(monkeypatch: pytest.MonkeyPatch, number: int, of: int) -> None:
+    """Loses one part, from 0, of every split into `of`: 3 is a weight's, 2 a gradient's."""
     right = router._split
 
-    def split(wide: torch.Tensor) -> list[torch.Tensor]:
-        return [torch.zeros_like(part) if i == number else part for i, part in enumerate(right(wide))]
-
-    monkeypatch.setattr(router, "_split", split)
-
-
-def without_lower_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loses the second part of every gradient's split."""
-    right = router._split_gradient
-
-    def split(wide: torch.Tensor) -> torch.Tensor:
-        parts = right(wide)
-        parts[:, 1] = 0
+    def split(wide: torch.Tensor, n: Any) -> torch.Tensor:
+        parts = right(wide, n)
+        if n == of:
+            parts[:, number] = 0
         return parts
 
-    monkeypatch.setattr(router, "_split_gradient", split)
+    monkeypatch.setattr(router, "_split", split)
 
 
 def draw(n_tokens: int, width: int, n_experts: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,18 +108,6 @@ def test_bfloat16_tokens_meet_a_float32_weight_on_the_cpu() -> None:
     assert error(x.grad, dx) < BF16
 
 
-@pytest.mark.parametrize("exponents", [(0, 1), (-60, 60)], ids=["near", "far"])
-def test_three_parts_are_the_whole(exponents: tuple[int, int]) -> None:
-    """fp32's 24 bits are three times 8: nothing is left. Of two parts, 2^-17 at most."""
-    wide = torch.randn(4096) * 2.0 ** torch.randint(*exponents, (4096,))
-    split = router._split(wide)
-    assert [part.dtype for part in split] == [torch.bfloat16] * 3
-    assert torch.equal(sum(part.double() for part in split), wide.double())
-    two = sum(part.double() for part in split[:2])
-    assert ((two - wide.double()).abs() <= 2.0**-17 * wide.abs().double()).all()
-    assert not torch.equal(two, wide.double())
-
-
 @pytest.mark.parametrize(("n_tokens", "width", "n_experts"), SHAPES)
 def test_parts_have_float32s_precision(by_parts: str, n_tokens: int, width: int, n_experts: int) -> None:
     """The error is that of fp32 sums, whatever their order; bf16 logits would err by hundreds of times as much."""
@@ -152,7 +143,7 @@ def test_parts_are_exact_where_sums_are(by_parts: str) -> None:
 def test_a_lost_part_of_the_weight_is_seen(by_parts: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = cancelling(by_parts)
     logits, *_ = exact(x, weight, torch.zeros(40, 16))
-    without_part(monkeypatch, number)
+    without_part(monkeypatch, number, of=3)
     found = router_logits(x, weight).double().cpu()
     if number == 0:  # cancels here by design
         x, weight = draw(77, 64, 16, by_parts)
@@ -171,7 +162,7 @@ def test_gradients_by_parts(
     found = router_logits(x, weight)
     dlogits = torch.randn(n_tokens, n_experts).to(by_parts)
     if lost:
-        without_lower_part(monkeypatch)
+        without_part(monkeypatch, 1, of=2)
     found.backward(dlogits)
     _, dx, dweight = exact(x, weight, dlogits)
     assert (x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
@@ -267,6 +258,51 @@ def test_same_inputs_same_bits(by_parts: str) -> None:
     first = once()
     for _ in range(5):
         assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arch", "shape", "skipped", "expected"),
+    [
+        ("sm_90a", (5, 16), 0, True),
+        ("sm_90a", (5, 8), 8, True),
+        ("sm_90a", (0, 16), 0, True),
+        ("sm_90a", (5, 16), 4, False),
+        ("sm_90a", (5, 12), 0, False),
+        ("sm_90a", (5, 0), 0, False),
+        ("sm_100a", (5, 16), 0, False),
+    ],
+    ids=["fits", "later", "no_tokens", "between_16_bytes", "width_12", "no_width", "blackwell"],
+)
+def test_what_goes_in_one_pass(
+    arch: str, shape: tuple[int, int], skipped: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a kernel, and TMA can read x."""
+    monkeypatch.setattr(router, "_arch", lambda device: arch)
+    x = torch.zeros(skipped + 80, dtype=torch.bfloat16)[skipped:][: shape[0] * shape[1]].view(shape)
+    assert router._in_one_pass(x) is expected
+
+
+@pytest.mark.parametrize(
+    ("whole", "view"),
+    [
+        ((40, 77), lambda whole: whole.t()),
+        ((77, 80), lambda whole: whole[:, ::2]),
+        ((77 * 40 + 4,), lambda whole: whole[4:].view(77, 40)),
+        ((77, 12), lambda whole: whole),
+    ],
+    ids=["transposed", "every_other", "between_16_bytes", "width_12"],
+)
+def test_tokens_that_lie_otherwise(by_parts: str, whole: tuple[int, ...], view: Any) -> None:
+    """Logits and gradients come to the same, to their precision."""
+    x = view(torch.randn(whole).bfloat16().to(by_parts)).requires_grad_()
+    _, weight = draw(1, x.shape[1], 16, by_parts)
+    dlogits = torch.randn(77, 16).to(by_parts)
+    found = router_logits(x, weight)
+    logits, dx, dweight = exact(x, weight, dlogits)
+    assert error(found, logits) < 8 * ULP * x.shape[1] ** 0.5
+    of_x, of_weight = torch.autograd.grad(found, (x, weight), dlogits)
+    assert error(of_x, dx) < 2 * BF16
+    assert error(of_weight, dweight) < 2.0**-17 + 8 * ULP * 77**0.5
 
 
 @pytest.mark.parametrize(

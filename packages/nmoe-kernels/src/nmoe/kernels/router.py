@@ -6,9 +6,11 @@ bf16's (8 bits) on end. Each product is exact in fp32, which is how the tensor c
 Shapes: T tokens, D model width, E experts.
 """
 
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
+from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import deliver
 from nmoe.kernels.reference.matmul import mm_wide
@@ -43,11 +45,7 @@ class _RouterLogits(torch.autograd.Function):
         ctx.weight = weight_ED  # the very parameter: its main_grad is looked up when the gradient is there
         if not _splits(x_TD, weight_ED):
             return x_TD.to(weight_ED.dtype) @ weight_ED.t()
-        high, middle, low = (part.t() for part in _split(weight_ED))
-        logits_TE = mm_wide(x_TD, high)
-        _add_product(logits_TE, x_TD, middle)
-        _add_product(logits_TE, x_TD, low)
-        return logits_TE
+        return _product(x_TD.contiguous(), _split(weight_ED, 3))
 
     @staticmethod
     @once_differentiable
@@ -56,7 +54,7 @@ class _RouterLogits(torch.autograd.Function):
         wants_x, wants_weight = ctx.needs_input_grad
         dx_TD = dweight_ED = None
         if _splits(x_TD, weight_ED):
-            parts_T2E = _split_gradient(dlogits_TE)
+            parts_T2E = _split(dlogits_TE, 2)  # the upper 8 bits and the next 8: dweight takes both
             if wants_x:
                 dx_TD = parts_T2E[:, 0] @ weight_ED.to(x_TD.dtype)
             if wants_weight:
@@ -73,22 +71,36 @@ def _splits(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> bool:
     return x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32
 
 
-def _split(wide: torch.Tensor) -> list[torch.Tensor]:
-    """Three bf16 tensors whose sum is `wide`, exactly."""
-    parts = []
-    for _ in range(3):
-        part = wide.bfloat16()
-        wide = wide - part
-        parts.append(part)
-    return parts
-
-
-def _split_gradient(dlogits_TE: torch.Tensor) -> torch.Tensor:
-    """(T, 2, E): the gradient's upper 8 bits and its next 8, of which the weight's gradient takes both."""
+def _split(wide_RN: torch.Tensor, parts: Literal[2, 3]) -> torch.Tensor:
+    """(R, parts, N) in bf16: three sum to `wide`, exactly."""
     from nmoe.kernels.native.split_cuda import split
 
-    return split(dlogits_TE.contiguous())
+    return split(wide_RN.contiguous(), parts)
+
+
+def _product(x_TD: torch.Tensor, parts_E3D: torch.Tensor) -> torch.Tensor:
+    """`x · (Σ parts)ᵀ` in fp32: in one pass where there is a kernel for it, elsewhere by cuBLAS, part by part."""
+    if _in_one_pass(x_TD):
+        from nmoe.kernels.native.router_cuda import router_product
+
+        return router_product(x_TD, parts_E3D)
+    first, *others = (part_ED.t() for part_ED in parts_E3D.unbind(1))
+    logits_TE = mm_wide(x_TD, first)
+    for part in others:
+        _add_product(logits_TE, x_TD, part)
+    return logits_TE
 
 
 def _add_product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+
+
+def _in_one_pass(x_TD: torch.Tensor) -> bool:
+    """Whether `router_product` takes a contiguous x: it is for Hopper, and TMA reads rows of multiples of 16 bytes."""
+    width = x_TD.shape[1]
+    return width > 0 and width % 8 == 0 and x_TD.data_ptr() % 16 == 0 and _arch(x_TD.device) == "sm_90a"
+
+
+@cache
+def _arch(device: torch.device) -> str:
+    return detect_arch(device)

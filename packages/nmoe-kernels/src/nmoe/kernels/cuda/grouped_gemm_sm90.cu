@@ -23,14 +23,16 @@
 struct Params {
   TensorMap rows;       // (R, reduction), box 128 × 64; DSWIGLU: pre (R, 2 F), box 64 × 64
   TensorMap weight;     // (e, ·, ·), box 128 × 64 or, WEIGHT_MN, 64 × 64
+  TensorMap out;        // STORE: (R, N); SWIGLU: activation (R, F); DSWIGLU: gated activation (R, F); box 16 × 64
+  TensorMap out_row;    // the same, box 1 × 64
+  TensorMap out_pre;    // (R, 2, F): pre-activation, or its gradient; box 16 × 1 × 64
+  TensorMap out_pre_row;
   const bf16* source;   // (T, reduction)
   const int* order;     // (R): token · top_k + slot
   const int* token;     // (R)
   const float* gate;    // (T, top_k)
   const int* schedule;  // block count and counters, then (expert, first row, rows, 0) of each block
   unsigned* counter;    // of this product's tiles, in the schedule's head
-  bf16* out;            // STORE: (R, N); SWIGLU: activation (R, F); DSWIGLU: gated activation (R, F)
-  bf16* out_pre;        // (R, 2, F): pre-activation, or its gradient
   float* partial;       // DSWIGLU: (column tiles, R), each row's part of its gate's gradient
   int reduction;
   int columns;  // N, or F for SWIGLU and DSWIGLU
@@ -52,6 +54,7 @@ constexpr int kTileColumns = EPILOGUE == SWIGLU ? TILE_N / 2 : TILE_N;  // outpu
 constexpr int kParts = kSchedule / TILE_M;                              // tiles a block of the schedule
 constexpr int kChunk = 16 * 128;                                        // a warp's 16 rows of 64 columns, swizzled
 constexpr int kStaging = 2 * kChunk;                                    // one is filled while the other is read
+constexpr int kPreSteps = EPILOGUE == DSWIGLU ? kRowGroups * TILE_N / 64 : 0;  // stages of pre-activations
 constexpr int kBarriers = STAGES * kStage + 8 * kStaging;               // offset of the barriers
 constexpr int kProducerRegisters = GATHER ? 56 : 40;  // a gather keeps an address a row
 constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
@@ -139,7 +142,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
         load_weight(p, tile, step * kK, stages + a + kStageA, ready);
 #if !GATHER
 #pragma unroll
-        for (int i = 0; i < kRowGroups; ++i) {
+        for (int i = 0; i < TILE_M / 128; ++i) {
           tma_load(stages + a + i * 16384, &p.rows, ready, step * kK, tile.first + i * 128);
         }
 #endif
@@ -156,22 +159,18 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
     }
     if (thread == 0) queue.send(look_up(p, next), queue.n);
 #if EPILOGUE == DSWIGLU
-    // The pre-activations follow in the same ring: 64 columns of gate and up of 64 rows for each warpgroup.
+    // The pre-activations follow in the same ring: gate and up of 64 rows and 64 columns for each warpgroup.
 #pragma unroll 1
-    for (int quarter = 0; quarter < kRowGroups * (TILE_N / 64); ++quarter, ring.advance()) {
-      const int m = quarter / (TILE_N / 64), c = quarter % (TILE_N / 64);
+    for (int step = 0; step < kPreSteps; ++step, ring.advance()) {
       const u32 ready = full + 8 * ring.stage();
       barrier_wait(empty + 8 * ring.stage(), ring.parity() ^ 1);
       if (thread == 0) {
         barrier_expect(ready, 4 * 8192);
 #pragma unroll
-        for (int group = 0; group < kWarpgroups; ++group) {
-          const int y = tile.first + (group * kRowGroups + m) * 64;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            tma_load(stages + ring.stage() * kStage + (group * 2 + half) * 8192, &p.rows, ready,
-                     half * p.columns + tile.column + c * 64, y);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int m = i / 2 * kRowGroups + step / (TILE_N / 64), c = step % (TILE_N / 64);
+          tma_load(stages + ring.stage() * kStage + i * 8192, &p.rows, ready, i % 2 * p.columns + tile.column + c * 64,
+                   tile.first + m * 64);
         }
       }
       if (GATHER) copy_async_arrive(ready);
@@ -181,34 +180,48 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
   if (GATHER) copy_async_wait();
 }
 
-// Where a lane's 16 bytes of a swizzled chunk are: as rows of matrix fragments 8 · `j` columns in, and as rows of memory.
+// Where a lane's 16 bytes of a swizzled chunk are: those of matrix fragments 8 · `j` columns in.
 __device__ __forceinline__ u32 fragment_at(u32 lane, u32 j) {
   return lane % 16 * 128 + ((j + lane / 16 ^ lane % 8) << 4);
 }
-__device__ __forceinline__ u32 line_at(u32 lane, u32 i) {
-  return (i * 4 + lane / 8) * 128 + ((lane % 8 ^ (i * 4 + lane / 8) % 8) << 4);
+
+// A warp's chunk of 16 rows and 64 columns, of which `rows` rows exist, from shared to global memory: at once or, where
+// another expert's rows follow, row by row. Every lane then has one more group of copies under way.
+__device__ __forceinline__ void write_chunk(const TensorMap& whole, const TensorMap& single, u32 chunk, int column, int row,
+                                            int rows) {
+  const int lane = lane_now();
+  if (rows >= 16) {
+    if (lane == 0) tma_store(&whole, chunk, column, row);
+  } else if (lane < rows) {
+    tma_store(&single, chunk + lane * 128, column, row + lane);
+  }
+  tma_store_commit();
 }
 
-// A warp's 16 rows of 64 columns, as fragments, to rows of global memory, 16 bytes a lane. Successive calls alternate
-// between two chunks of staging: then one wait of the warp a call is enough.
-__device__ __forceinline__ void write_chunk(u32 chunk, const u32 (&low)[8], const u32 (&high)[8], bf16* out, long stride,
-                                            int rows, int columns) {
-  const u32 lane = lane_now(), line = lane / 8;
-  const int column = lane % 8 * 8;
-#pragma unroll
-  for (int j = 0; j < 8; j += 2) store_matrix_x4(chunk + fragment_at(lane, j), low[j], high[j], low[j + 1], high[j + 1]);
-  __syncwarp();
-  uint4 v[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = load_shared_16(chunk + line_at(lane, i));
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = i * 4 + line;
-    if (row < rows && column < columns) store_global_16(out + row * stride + column, v[i]);
+__device__ __forceinline__ void write_chunk(const TensorMap& whole, const TensorMap& single, u32 chunk, int column, int half,
+                                            int row, int rows) {
+  const int lane = lane_now();
+  if (rows >= 16) {
+    if (lane == 0) tma_store(&whole, chunk, column, half, row);
+  } else if (lane < rows) {
+    tma_store(&single, chunk + lane * 128, column, half, row + lane);
   }
+  tma_store_commit();
 }
 
 #if EPILOGUE != DSWIGLU
+// Matrix fragments to the warp's next chunk of staging, once its last copy has been read. Returns its address.
+__device__ __forceinline__ u32 stage_chunk(u32 staging, int number, const u32 (&low)[8], const u32 (&high)[8]) {
+  const u32 lane = lane_now(), chunk = staging + number % 2 * kChunk;
+  tma_store_wait<1>();
+  __syncwarp();
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) store_matrix_x4(chunk + fragment_at(lane, j), low[j], high[j], low[j + 1], high[j + 1]);
+  fence_proxy_async();
+  __syncwarp();
+  return chunk;
+}
+
 // 16 rows of the product, of which `rows` exist. acc[4 j + i]: row lane / 4 (+ 8 for i > 1), column 8 j + 2 (lane % 4) + i % 2.
 __device__ __forceinline__ void finish(const Params& p, const Tile& tile, float (&acc)[TILE_N / 2], u32 staging, int row,
                                        int rows, float gate_low, float gate_high) {
@@ -223,9 +236,8 @@ __device__ __forceinline__ void finish(const Params& p, const Tile& tile, float 
       low[j] = pack_bf16(acc[i] * gate_low, acc[i + 1] * gate_low);
       high[j] = pack_bf16(acc[i + 2] * gate_high, acc[i + 3] * gate_high);
     }
-    const int column = tile.column + c * 64;
-    write_chunk(staging + c % 2 * kChunk, low, high, p.out + long(row) * p.columns + column, p.columns, rows,
-                p.columns - column);
+    const u32 chunk = stage_chunk(staging, c, low, high);
+    write_chunk(p.out, p.out_row, chunk, tile.column + c * 64, row, rows);
   }
 #else
 #pragma unroll
@@ -241,8 +253,8 @@ __device__ __forceinline__ void finish(const Params& p, const Tile& tile, float 
           low[j] = pack_bf16(acc[i], acc[i + 1]);
           high[j] = pack_bf16(acc[i + 2], acc[i + 3]);
         }
-        write_chunk(staging + (c + half) % 2 * kChunk, low, high, p.out_pre + (2l * row + half) * p.columns + column, 2l * p.columns, rows,
-                    p.columns - column);
+        const u32 chunk = stage_chunk(staging, c * 3 + half, low, high);
+        write_chunk(p.out_pre, p.out_pre_row, chunk, column, half, row, rows);
       }
     }
 #pragma unroll
@@ -250,12 +262,17 @@ __device__ __forceinline__ void finish(const Params& p, const Tile& tile, float 
       const int g = c * 32 + j * 4, u = TILE_N / 4 + g;
       float a[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = acc[g + i] * sigmoid(acc[g + i]) * acc[u + i];
+      for (int i = 0; i < 4; i += 2) {
+        float s[2];
+        sigmoid({acc[g + i], acc[g + i + 1]}, s);
+        a[i] = acc[g + i] * s[0] * acc[u + i];
+        a[i + 1] = acc[g + i + 1] * s[1] * acc[u + i + 1];
+      }
       low[j] = pack_bf16(a[0], a[1]);
       high[j] = pack_bf16(a[2], a[3]);
     }
-    write_chunk(staging + (KEEP_PRE ? c : c + 1) % 2 * kChunk, low, high, p.out + long(row) * p.columns + column, p.columns,
-                rows, p.columns - column);
+    const u32 chunk = stage_chunk(staging, KEEP_PRE ? c * 3 + 2 : c, low, high);
+    write_chunk(p.out, p.out_row, chunk, column, row, rows);
   }
 #endif
 }
@@ -265,16 +282,14 @@ __device__ __forceinline__ void finish(const Params& p, const Tile& tile, float 
 // 16 rows and 64 columns of the gradient of the activation before its gate, in acc[first …]. `pre` is the address of the
 // warp's rows of gate in the ring, 8192 bytes before those of up; their gradients take their place on the way out.
 __device__ __forceinline__ void finish_chunk(const Params& p, const float (&acc)[TILE_N / 2], int first, u32 pre,
-                                             u32 chunk, int row, int rows, int column, float gate_low, float gate_high,
-                                             float (&part)[2]) {
-  const u32 lane = lane_now(), line = lane / 8;
+                                             u32 chunk, float gate_low, float gate_high, float (&part)[2]) {
   constexpr int kWide = 4;  // times 8 columns at a time: more do not fit beside the accumulator
 #pragma unroll
   for (int j0 = 0; j0 < 8; j0 += kWide) {
     u32 gate[kWide][2], up[kWide][2], activation[kWide][2];
 #pragma unroll
     for (int j = 0; j < kWide; j += 2) {
-      const u32 at = pre + fragment_at(lane, j0 + j);
+      const u32 at = pre + fragment_at(lane_now(), j0 + j);
       load_matrix_x4(at, gate[j][0], gate[j][1], gate[j + 1][0], gate[j + 1][1]);
       load_matrix_x4(at + 8192, up[j][0], up[j][1], up[j + 1][0], up[j + 1][1]);
     }
@@ -283,17 +298,18 @@ __device__ __forceinline__ void finish_chunk(const Params& p, const float (&acc)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float scale = h ? gate_high : gate_low;
-        float dg[2], du[2], a[2];
+        const float g[2] = {bf16_low(gate[j][h]), bf16_high(gate[j][h])};
+        float s[2], dg[2], du[2], a[2];
+        sigmoid(g, s);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float d = acc[first + (j0 + j) * 4 + h * 2 + i];
-          const float g = i ? bf16_high(gate[j][h]) : bf16_low(gate[j][h]);
           const float u = i ? bf16_high(up[j][h]) : bf16_low(up[j][h]);
-          const float s = sigmoid(g), silu = g * s, gated = d * scale;
+          const float silu = g[i] * s[i], gated = d * scale;
           a[i] = silu * u;
           part[h] += d * a[i];
           a[i] *= scale;
-          dg[i] = gated * u * (s + silu * (1 - s));
+          dg[i] = gated * u * (s[i] + silu * (1 - s[i]));
           du[i] = gated * silu;
         }
         gate[j][h] = pack_bf16(dg[0], dg[1]);
@@ -303,35 +319,31 @@ __device__ __forceinline__ void finish_chunk(const Params& p, const float (&acc)
     }
 #pragma unroll
     for (int j = 0; j < kWide; j += 2) {
-      const u32 at = fragment_at(lane, j0 + j);
+      const u32 at = fragment_at(lane_now(), j0 + j);
       store_matrix_x4(pre + at, gate[j][0], gate[j][1], gate[j + 1][0], gate[j + 1][1]);
       store_matrix_x4(pre + at + 8192, up[j][0], up[j][1], up[j + 1][0], up[j + 1][1]);
       store_matrix_x4(chunk + at, activation[j][0], activation[j][1], activation[j + 1][0], activation[j + 1][1]);
     }
   }
+  fence_proxy_async();
   __syncwarp();
-  // In units of 16 bytes, without a sign: 64-bit addresses and the signs of quotients do not fit beside the accumulator.
-  const u32 width = u32(p.columns) / 8, at = u32(column) / 8 + lane % 8;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    uint4 v[2][3];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      v[k][0] = load_shared_16(pre + line_at(lane, i + k));
-      v[k][1] = load_shared_16(pre + line_at(lane, i + k) + 8192);
-      v[k][2] = load_shared_16(chunk + line_at(lane, i + k));
+}
+
+// What finish_chunk left, from shared to global memory: as write_chunk.
+__device__ __forceinline__ void write_gradients(const Params& p, u32 pre, u32 chunk, int column, int row, int rows) {
+  const int lane = lane_now();
+  if (rows >= 16) {
+    if (lane == 0) {
+      tma_store(&p.out_pre, pre, column, 0, row);
+      tma_store(&p.out_pre, pre + 8192, column, 1, row);
+      tma_store(&p.out, chunk, column, row);
     }
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int r = (i + k) * 4 + line;
-      if (r < rows && at < width) {
-        const u32 to = u32(row + r) * width + at, to_pre = to + u32(row + r) * width;
-        store_global_16(reinterpret_cast<uint4*>(p.out_pre) + to_pre, v[k][0]);
-        store_global_16(reinterpret_cast<uint4*>(p.out_pre) + (to_pre + width), v[k][1]);
-        store_global_16(reinterpret_cast<uint4*>(p.out) + to, v[k][2]);
-      }
-    }
+  } else if (lane < rows) {
+    tma_store(&p.out_pre_row, pre + lane * 128, column, 0, row + lane);
+    tma_store(&p.out_pre_row, pre + 8192 + lane * 128, column, 1, row + lane);
+    tma_store(&p.out_row, chunk + lane * 128, column, row + lane);
   }
+  tma_store_commit();
 }
 
 // Each row's part of its gate's gradient: the sum over this tile's columns, which four lanes hold.
@@ -352,7 +364,6 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const u32 staging = stages + STAGES * kStage + (group * 4 + warp) * kStaging;
   const int n_steps = (p.reduction + kK - 1) / kK;
-  constexpr int kChunks = EPILOGUE == DSWIGLU ? kRowGroups * (TILE_N / 64) : 0;  // stages of pre-activations
   constexpr bool kGated = EPILOGUE == DSWIGLU || (EPILOGUE == STORE && SCALE);
   constexpr u32 kNextA = 1;                        // not used by a K-major operand
   constexpr u32 kNextB = WEIGHT_MN ? 8192 : 1;
@@ -366,11 +377,11 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
   Ring<STAGES> ring;
   while (true) {
     const Tile tile = as_tile(queue.receive());
-    if (tile.rows == 0) return;
+    if (tile.rows == 0) break;
     const int base = group * 64 * kRowGroups + warp * 16;  // first of this warp's rows in the tile
     if (tile.rows <= group * 64 * kRowGroups) {            // nothing to multiply: only hand the stages on
 #pragma unroll 1  // unrolled, it would keep its counts in registers through the epilogue
-      for (int step = 0; step < n_steps + kChunks; ++step, ring.advance()) {
+      for (int step = 0; step < n_steps + kPreSteps; ++step, ring.advance()) {
         barrier_wait(full + 8 * ring.stage(), ring.parity());
         __syncwarp();
         release(ring.stage());
@@ -421,23 +432,30 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
     for (int m = 0; m < kRowGroups; ++m) {
       const int row = tile.first + base + m * 64, rows = min(16, tile.rows - base - m * 64);
 #if EPILOGUE == DSWIGLU
-      float part[2] = {0, 0};
+      float gate_part[2] = {0, 0};
 #pragma unroll
       for (int c = 0; c < TILE_N / 64; ++c, ring.advance()) {
         barrier_wait(full + 8 * ring.stage(), ring.parity());
-        const u32 pre = stages + ring.stage() * kStage + group * 16384 + warp * 2048;
-        finish_chunk(p, acc[m], c * 32, pre, staging + c % 2 * kChunk, row, rows, tile.column + c * 64, gates[m][0],
-                     gates[m][1], part);
-        fence_proxy_async();
+        const u32 consumer = warp_now() - 4, chunk = stages + STAGES * kStage + consumer * kStaging + c % 2 * kChunk;
+        const u32 pre = stages + ring.stage() * kStage + consumer / 4 * 16384 + consumer % 4 * 2048;
+        finish_chunk(p, acc[m], c * 32, pre, chunk, gates[m][0], gates[m][1], gate_part);
+        write_gradients(p, pre, chunk, tile.column + c * 64, row, rows);
+        tma_store_wait<1>();  // what was under way before has left: chunk and stage are free
         __syncwarp();
-        release(ring.stage());
+        if (m + c > 0) release(ring.stage_before());
       }
-      finish_gates(p, tile, part, row, rows);
+      finish_gates(p, tile, gate_part, row, rows);
+      if (m == kRowGroups - 1) {
+        tma_store_wait<0>();
+        __syncwarp();
+        release(ring.stage_before());
+      }
 #else
       finish(p, tile, acc[m], staging, row, rows, gates[m][0], gates[m][1]);
 #endif
     }
   }
+  tma_store_wait<0>();
 }
 
 }  // namespace

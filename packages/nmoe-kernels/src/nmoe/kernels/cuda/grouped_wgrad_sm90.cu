@@ -18,11 +18,12 @@
 
 struct Params {
   TensorMap dense;     // (R, M or N) of the operand that is not gathered, box 64 × 64
+  TensorMap out;       // `into`, box 1 × 16 × 32
   const bf16* source;  // (T, N or M) of the gathered one
   const int* token;    // (R): its row in `source`
   const int* offset;   // (e + 1)
   unsigned* counter;   // of this product's tiles
-  float* into;         // (e, M, N)
+  float* into;         // (e, M, N), for what has no rows
   int m;
   int n;
   int n_tiles_m;  // of an expert
@@ -41,6 +42,9 @@ constexpr int kStage = kStageA + kStageB;
 constexpr int kGathered = GATHER ? TILE_N : TILE_M;
 constexpr int kDense = GATHER ? TILE_M : TILE_N;
 constexpr int kSub = 64 * kK * 2;  // bytes of 64 columns of a stage
+constexpr int kChunk = 16 * 128;   // a warp's 16 rows of 32 columns, swizzled
+constexpr int kStaging = 2 * kChunk;                       // one is filled while the other is read
+constexpr int kBarriers = STAGES * kStage + 8 * kStaging;  // offset of the barriers
 
 struct Tile {
   int expert, first, rows, m, n;
@@ -130,27 +134,31 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
   copy_async_wait();
 }
 
-// 16 rows of the product. acc[4 j + i]: row lane / 4 (+ 8 for i > 1), column 8 j + 2 (lane % 4) + i % 2. Four lanes fill a
-// 32-byte sector. (Swapping halves between lanes to write 16 bytes each costs registers that wgmma's pipeline needs.)
-__device__ __forceinline__ void finish(const Params& p, const Tile& tile, const float (&acc)[TILE_N / 2], int row) {
-  const int lane = threadIdx.x % 32;
+// 16 rows of the product, to memory by TMA. acc[4 j + i]: row lane / 4 (+ 8 for i > 1), column 8 j + 2 (lane % 4) + i % 2.
+__device__ __forceinline__ void finish(const Params& p, const Tile& tile, const float (&acc)[TILE_N / 2], u32 staging,
+                                       int row) {
+  const u32 lane = lane_now();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int m = row + lane / 4 + half * 8;
-    if (m >= p.m) continue;
-    float* out = p.into + (long(tile.expert) * p.m + m) * p.n;
+  for (int c = 0; c < TILE_N / 32; ++c) {
+    const u32 chunk = staging + c % 2 * kChunk;
+    tma_store_wait<1>();
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < TILE_N / 8; ++j) {
-      const int n = tile.n + 8 * j + lane % 4 * 2;
-      if (n >= p.n) continue;
-      float2 v = make_float2(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-      float2* at = reinterpret_cast<float2*>(out + n);
-      if (ADD) {
-        const float2 old = *at;
-        v.x += old.x, v.y += old.y;
-      }
-      *at = v;
+    for (int j = 0; j < 4; ++j) {
+      const u32 at = chunk + lane / 4 * 128 + (((2 * j + lane % 4 / 2) ^ lane / 4) << 4) + lane % 2 * 8;
+      store_shared_8(at, acc[16 * c + 4 * j], acc[16 * c + 4 * j + 1]);
+      store_shared_8(at + 8 * 128, acc[16 * c + 4 * j + 2], acc[16 * c + 4 * j + 3]);
     }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) {
+      if (ADD) {
+        tma_add(&p.out, chunk, tile.n + c * 32, row, tile.expert);
+      } else {
+        tma_store(&p.out, chunk, tile.n + c * 32, row, tile.expert);
+      }
+    }
+    tma_store_commit();
   }
 }
 
@@ -168,6 +176,7 @@ __device__ __forceinline__ void clear(const Params& p, const Tile& tile) {
 // Warpgroups 1 and 2.
 __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u32 empty, TileQueue queue) {
   const int group = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4;
+  const u32 staging = stages + STAGES * kStage + (group * 4 + warp) * kStaging;
   constexpr int kDeeper = 2048 >> 4;  // 16 rows on, in descriptor units
 
   auto release = [&](u32 stage) {
@@ -177,7 +186,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
   Ring<STAGES> ring;
   while (true) {
     const Tile tile = as_tile(queue.receive());
-    if (tile.rows == kEnd) return;
+    if (tile.rows == kEnd) break;
     if (tile.rows == 0) {
       if (!ADD) clear(p, tile);
       continue;
@@ -209,8 +218,11 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
 #pragma unroll
     for (int m = 0; m < kRowGroups; ++m) keep_after_wait(acc[m]);
 #pragma unroll
-    for (int m = 0; m < kRowGroups; ++m) finish(p, tile, acc[m], tile.m + (group * kRowGroups + m) * 64 + warp * 16);
+    for (int m = 0; m < kRowGroups; ++m) {
+      finish(p, tile, acc[m], staging, tile.m + (group * kRowGroups + m) * 64 + warp * 16);
+    }
   }
+  tma_store_wait<0>();
 }
 
 }  // namespace
@@ -218,10 +230,11 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
 extern "C" __global__ void __launch_bounds__(384, 1) grouped_wgrad(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const u32 stages = shared_address(memory);
-  const u32 full = stages + STAGES * kStage, empty = full + 8 * STAGES;
+  const u32 full = stages + kBarriers, empty = full + 8 * STAGES;
   const TileQueue queue(empty + 8 * STAGES);
   if (threadIdx.x == 0) {
     prefetch_map(&p.dense);
+    prefetch_map(&p.out);
     for (int s = 0; s < STAGES; ++s) {
       barrier_init(full + 8 * s, 1 + 128);
       barrier_init(empty + 8 * s, kWarpgroups * 4);

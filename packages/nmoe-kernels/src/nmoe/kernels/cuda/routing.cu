@@ -5,8 +5,8 @@
 // Tokens are cut into CHUNKS equal runs, one block each: `route` counts each chunk's rows per expert, and `index_rows`
 // sums the counts of earlier chunks and places its own.
 //
-// Macros: CHUNKS; BLOCK_ROWS, rows of one schedule entry; SCHEDULE_HEAD, words before the first; SLOTS (only of a compile for `route`), experts per lane of
-// the quick selection (4, 8 or 16), 0 for none.
+// Macros: CHUNKS; BLOCK_ROWS, rows of one schedule entry; SCHEDULE_HEAD, words before the first; SLOTS (only of a compile
+// for `route`), experts per lane of the quick selection (4, 8 or 16), 0 for none.
 
 constexpr unsigned FULL = 0xffffffffu;
 

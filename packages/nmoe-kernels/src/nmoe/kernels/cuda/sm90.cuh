@@ -51,6 +51,7 @@ struct Ring {
   u32 n = 0;
 
   __device__ __forceinline__ u32 stage() const { return n % N; }
+  __device__ __forceinline__ u32 stage_before() const { return (n - 1) % N; }
   __device__ __forceinline__ u32 parity() const { return n / N & 1; }
   __device__ __forceinline__ void advance() { ++n; }
 };
@@ -75,6 +76,39 @@ __device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 barri
       "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
+
+// --- copies out of shared memory ------------------------------------------------------------------------------------
+
+// What was written by the threads must be fenced first (fence_proxy_async), and must stay until the copy has read it.
+__device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from), "r"(x),
+               "r"(y)
+               : "memory");
+}
+
+__device__ __forceinline__ void tma_store(const TensorMap* map, u32 from, int x, int y, int z) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(from),
+               "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+// Adds fp32 to what is there, each element once; numbers below fp32's normal range count as 0.
+__device__ __forceinline__ void tma_add(const TensorMap* map, u32 from, int x, int y, int z) {
+  asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+               "r"(from), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+
+// Makes a group of the thread's copies since the last one.
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until all but the thread's last PENDING groups have read their sources.
+template <int PENDING>
+__device__ __forceinline__ void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
+// --- copies by the threads themselves -------------------------------------------------------------------------------
 
 // `base` + `offset` bytes. In assembly, so that the compiler keeps one 32-bit offset for each of a loop's copies and not a
 // 64-bit address.
@@ -115,6 +149,13 @@ __device__ __forceinline__ int lane_now() {
   return lane;
 }
 
+// threadIdx.x / 32, likewise.
+__device__ __forceinline__ int warp_now() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread / 32;
+}
+
 template <int REGISTERS>
 __device__ __forceinline__ void registers_grow() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -127,12 +168,18 @@ __device__ __forceinline__ void registers_shrink() {
 
 // --- numbers --------------------------------------------------------------------------------------------------------
 
-// 1 / (1 + e^-x), both steps within 2 ulp of fp32.
-__device__ __forceinline__ float sigmoid(float x) {
-  float e, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + e));
-  return s;
+// 1 / (1 + e^-x) of two numbers, within 4 ulp of fp32; what is below -43 counts as -43, whose sigmoid is 2e-19. One
+// reciprocal serves both: the special-function units, which give 16 results a clock, are what an epilogue waits for.
+__device__ __forceinline__ void sigmoid(const float (&x)[2], float (&s)[2]) {
+  float d[2], r;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d[i]) : "f"(fminf(x[i] * -1.4426950408889634f, 62.0f)));
+    d[i] += 1.0f;
+  }
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d[0] * d[1]));
+  s[0] = r * d[1];
+  s[1] = r * d[0];
 }
 
 // --- matrix fragments through shared memory -------------------------------------------------------------------------
@@ -155,9 +202,8 @@ __device__ __forceinline__ uint4 load_shared_16(u32 from) {
   return v;
 }
 
-// Volatile, and one instruction: the compiler splits a plain store into words here.
-__device__ __forceinline__ void store_global_16(void* to, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+__device__ __forceinline__ void store_shared_8(u32 to, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(a), "f"(b) : "memory");
 }
 
 // --- wgmma ----------------------------------------------------------------------------------------------------------

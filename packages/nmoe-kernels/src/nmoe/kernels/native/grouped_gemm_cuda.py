@@ -22,7 +22,8 @@ _SHARED_BYTES = 232_448 - 1024  # a block's most, less what barriers and alignme
 _STEP_BYTES = 128  # of the reduction, per row and stage
 _BARRIER_BYTES = 16  # per stage
 _QUEUE_BYTES = 64  # of tile_queue.cuh
-_STAGING_BYTES = 8 * 2 * 16 * 128  # eight warps' two chunks of 16 rows and 64 columns
+_CHUNK_ROWS = 16  # of what a warp writes at a time, 128 bytes each
+_STAGING_BYTES = 8 * 2 * _CHUNK_ROWS * 128  # eight warps' two chunks
 _STORE, _SWIGLU, _DSWIGLU = range(3)
 
 # Product to GATHER, WEIGHT_MN, EPILOGUE, KEEP_PRE, SCALE.
@@ -44,41 +45,41 @@ _WGRADS = {
 
 class _GemmParams(ctypes.Structure):
     _fields_ = (
-        ("rows", TensorMap),
-        ("weight", TensorMap),
-        *((name, ctypes.c_void_p) for name in ("source", "order", "token", "gate", "schedule", "counter", "out")),
-        *((name, ctypes.c_void_p) for name in ("out_pre", "partial")),
+        *((name, TensorMap) for name in ("rows", "weight", "out", "out_row", "out_pre", "out_pre_row")),
+        *((name, ctypes.c_void_p) for name in ("source", "order", "token", "gate", "schedule", "counter", "partial")),
         *((name, ctypes.c_int) for name in ("reduction", "columns", "n_rows", "n_tiles")),
-        ("unused", ctypes.c_byte * 40),  # C++ rounds the size up to 64
+        ("unused", ctypes.c_byte * 56),  # C++ rounds the size up to 64
     )
 
 
 class _WgradParams(ctypes.Structure):
     _fields_ = (
         ("dense", TensorMap),
+        ("out", TensorMap),
         *((name, ctypes.c_void_p) for name in ("source", "token", "offset", "counter", "into")),
         *((name, ctypes.c_int) for name in ("m", "n", "n_tiles_m", "n_tiles_n", "n_experts")),
         ("unused", ctypes.c_byte * 4),
     )
 
 
-def _stages(tile: Tile, staging: int) -> int:
-    return (_SHARED_BYTES - staging) // ((tile.m + tile.n) * _STEP_BYTES + _BARRIER_BYTES)
+def _stages(tile: Tile) -> int:
+    return (_SHARED_BYTES - _STAGING_BYTES) // ((tile.m + tile.n) * _STEP_BYTES + _BARRIER_BYTES)
 
 
-def _shared_bytes(tile: Tile, staging: int) -> int:
-    return _stages(tile, staging) * ((tile.m + tile.n) * _STEP_BYTES + _BARRIER_BYTES) + staging + _QUEUE_BYTES
+def _shared_bytes(tile: Tile) -> int:
+    stages = _stages(tile) * ((tile.m + tile.n) * _STEP_BYTES + _BARRIER_BYTES)
+    return stages + _STAGING_BYTES + _QUEUE_BYTES
 
 
 def _gemm_source(product: str, tile: Tile) -> CudaSource:
     names = ("GATHER", "WEIGHT_MN", "EPILOGUE", "KEEP_PRE", "SCALE")
-    shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile, _STAGING_BYTES)))
+    shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile)))
     defines = (*zip(names, _GEMMS[product], strict=True), *shape)
     return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_gemm_sm90.cu", "grouped_gemm", _ARCHES, defines)
 
 
 def _wgrad_source(product: str, tile: Tile) -> CudaSource:
-    shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile, 0)))
+    shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile)))
     defines = (*zip(("GATHER", "ADD"), _WGRADS[product], strict=True), *shape)
     return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_wgrad_sm90.cu", "grouped_wgrad", _ARCHES, defines)
 
@@ -118,10 +119,22 @@ def _weight_map(weight: torch.Tensor, rows: int, columns: int, box_columns: int,
     return tensor_map(weight, (columns, rows, n), strides, (box_columns, box_rows, 1), True)
 
 
+def _out_maps(out: torch.Tensor) -> dict[str, TensorMap]:
+    return {"out": _matrix_map(out, 64, _CHUNK_ROWS), "out_row": _matrix_map(out, 64, 1)}
+
+
+def _out_pre_maps(pre_R2F: torch.Tensor) -> dict[str, TensorMap]:
+    """Of gate and up apart, so that a box ends where its half does."""
+    n_rows, columns = pre_R2F.shape
+    dims, strides = (columns // 2, 2, n_rows), (columns, columns * 2)
+    whole, row = (tensor_map(pre_R2F, dims, strides, (64, 1, rows), True) for rows in (_CHUNK_ROWS, 1))
+    return {"out_pre": whole, "out_pre_row": row}
+
+
 def _launch_gemm(product: str, tile: Tile, device: torch.device, params: _GemmParams) -> None:
     tile_columns = tile.n // 2 if product.startswith("up") else tile.n  # of the output: gate and up make one
     params.n_tiles = BLOCK_ROWS // tile.m * -(-params.columns // tile_columns)
-    _KERNELS[product, tile].launch(_grid(device), _THREADS, _shared_bytes(tile, _STAGING_BYTES), params)
+    _KERNELS[product, tile].launch(_grid(device), _THREADS, _shared_bytes(tile), params)
 
 
 def up(
@@ -140,11 +153,11 @@ def up(
         token=index.token_R.data_ptr(),
         schedule=index.schedule.data_ptr(),
         counter=_counter(index, "up"),
-        out=activation_RF.data_ptr(),
-        out_pre=pre_R2F.data_ptr(),
         reduction=width,
         columns=hidden,
         n_rows=n_rows,
+        **_out_maps(activation_RF),
+        **(_out_pre_maps(pre_R2F) if keep_pre else {}),
     )
     _launch_gemm("up_training" if keep_pre else "up", tile, x_TD.device, params)
     return activation_RF, pre_R2F
@@ -169,10 +182,10 @@ def down(
         gate=gate_TK.data_ptr(),
         schedule=index.schedule.data_ptr(),
         counter=_counter(index, "down"),
-        out=out_RD.data_ptr(),
         reduction=hidden,
         columns=width,
         n_rows=out_RD.shape[0],
+        **_out_maps(out_RD),
     )
     _launch_gemm("down", tile, out_RD.device, params)
     return out_RD
@@ -208,12 +221,12 @@ def dgrad_activation(
         gate=gate_TK.data_ptr(),
         schedule=index.schedule.data_ptr(),
         counter=_counter(index, "dgrad_activation"),
-        out=gated_RF.data_ptr(),
-        out_pre=dpre_R2F.data_ptr(),
         partial=partial_NR.data_ptr(),
         reduction=width,
         columns=hidden,
         n_rows=n_rows,
+        **_out_maps(gated_RF),
+        **_out_pre_maps(dpre_R2F),
     )
     _launch_gemm("dgrad_activation", tile, dout_TD.device, params)
     return gated_RF, dpre_R2F, partial_NR
@@ -231,10 +244,10 @@ def dgrad_input(
         weight=_weight_map(w13_e2FD, 2 * hidden, width, 64, 64),
         schedule=index.schedule.data_ptr(),
         counter=_counter(index, "dgrad_input"),
-        out=out_RD.data_ptr(),
         reduction=2 * hidden,
         columns=width,
         n_rows=out_RD.shape[0],
+        **_out_maps(out_RD),
     )
     _launch_gemm("dgrad_input", tile, out_RD.device, params)
     return out_RD
@@ -287,6 +300,7 @@ def _wgrad(
         token=index.token_R.data_ptr(),
         offset=index.offset_E.data_ptr(),
         counter=_counter(index, product),
+        out=tensor_map(into, (n, m, n_experts), (n * 4, m * n * 4), (32, _CHUNK_ROWS, 1), True),
         into=into.data_ptr(),
         m=m,
         n=n,
@@ -295,4 +309,4 @@ def _wgrad(
         n_experts=n_experts,
     )
     kernel = _KERNELS[f"{product}_add" if add else product, tile]
-    kernel.launch(_grid(into.device), _THREADS, _shared_bytes(tile, 0), params)
+    kernel.launch(_grid(into.device), _THREADS, _shared_bytes(tile), params)

@@ -14,6 +14,7 @@ from nmoe.kernels.runtime.triton_aot import TritonKernel
 _CUDA_MODULES: tuple[str, ...] = (
     "nmoe.kernels.native.combine_cuda",
     "nmoe.kernels.native.grouped_gemm_cuda",
+    "nmoe.kernels.native.router_cuda",
     "nmoe.kernels.native.routing_cuda",
     "nmoe.kernels.native.split_cuda",
 )
