@@ -6,15 +6,15 @@ import pytest
 from nmoe.cli.config import load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-ALL = sorted(CONFIGS.glob("*.toml"))
+ALL = sorted(CONFIGS.rglob("*.toml"))
 
 
 def load(name):
     return load_config(CONFIGS / f"{name}.toml", environ={}).config
 
 
-def test_there_are_the_four():
-    assert {path.stem for path in ALL} >= {"nano", "mini", "moonlet", "moonlight"}
+def test_there_are_the_six():
+    assert {path.stem for path in ALL} >= {"nano", "mini", "moonlet", "moonlight", "super", "super_dense"}
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
@@ -23,7 +23,7 @@ def test_it_loads_says_its_command_and_schedules_its_own_length(path):
     head = path.read_text().split("\n\n")[0] + path.read_text().split("\n[")[0]
     assert head.startswith(f"# {path.stem}: ")
     assert "Needs " in head
-    assert f"n train configs/{path.name}" in head
+    assert f"n train configs/{path.relative_to(CONFIGS).as_posix()}" in head
     schedule = config.schedule
     planned = schedule.warmup_steps * config.tokens_per_step + schedule.hold_tokens + schedule.decay_tokens
     assert planned == config.train.steps * config.tokens_per_step
@@ -73,3 +73,15 @@ def test_batches_and_gpus_are_as_the_first_lines_say():
     assert (moonlet.train.batch_size, moonlet.train.seq_len, moonlet.runtime.world_size) == (8, 4096, 1)
     assert (moonlight.train.batch_size, moonlight.runtime.world_size) == (64, 8)
     assert moonlet.optim.lr_expert == moonlet.optim.lr_dense == moonlet.optim.lr_router == 3e-3
+
+
+def test_super_and_its_dense_twin_differ_in_their_feed_forward_alone():
+    moe, dense = (load(f"speedrun/{name}") for name in ("super", "super_dense"))
+    differ = {key for key, value in moe.model if value != getattr(dense.model, key)}
+    assert differ == {
+        *("n_dense_layers", "inter_dim", "moe_inter_dim", "n_routed_experts", "n_activated_experts"),
+        *("n_shared_experts", "seq_balance_loss"),
+    }
+    assert (moe.model.dim, moe.model.n_heads, moe.model.head_dim, moe.model.vocab_size) == (768, 12, 64, 50_304)
+    assert (moe.model.n_routed_experts, moe.model.n_activated_experts, moe.model.moe_inter_dim) == (256, 7, 384)
+    assert moe.tokens_per_step == dense.tokens_per_step == 65_536

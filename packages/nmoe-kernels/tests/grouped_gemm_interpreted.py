@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from interpreted import run_cases
 from nmoe.kernels.native.grouped_gemm_triton import grouped_gemm, grouped_wgrad
-from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
 
@@ -31,17 +30,6 @@ def teach_bf16() -> None:
     InterpreterBuilder.create_dot = create_dot
 
 
-def teach_ranges() -> None:
-    """Triton 3.6 turns its scalars, arrays of one element, into a range's ends in a way that NumPy 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_tensor(tensor: type[tl.tensor], *scope: Any) -> None:
-        patch(tensor, *scope)
-        tensor.__index__ = lambda self: self.handle.data.item()
-
-    interpreter._patch_lang_tensor = patch_tensor
-
-
 def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The result of one case."""
     given = {name: torch.from_numpy(array) for name, array in case.items()}
@@ -58,5 +46,4 @@ def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     teach_bf16()
-    teach_ranges()
     run_cases(run)

@@ -2,8 +2,22 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _teach_ranges() -> None:
+    """Triton 3.6 turns its scalars, arrays of one element, into a range's ends in a way that NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: type[tl.tensor], *scope: Any) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def run_cases(run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
@@ -11,6 +25,7 @@ def run_cases(run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> 
 
     Both are `.npz` with arrays `<case>/<name>`; `run` takes the arrays of one case, and returns its results.
     """
+    _teach_ranges()
     arrays = np.load(sys.argv[1], allow_pickle=False)
     cases: dict[str, dict[str, np.ndarray]] = {}
     for key in arrays.files:

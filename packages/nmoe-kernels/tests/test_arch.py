@@ -53,11 +53,14 @@ def test_native_on_another_arch_is_refused_by_name(monkeypatch) -> None:
 
 
 def modules(ops: Ops) -> set[str]:
-    """Of every op, and of the products that an op is made of."""
+    """Of every op, and of what an op is made of."""
     found = []
     for field in fields(ops)[1:]:
         op = getattr(ops, field.name)
-        found += [op.func, *op.args[0]] if isinstance(op, partial) else [op]
+        if isinstance(op, partial):
+            found += [op.func, *(op.args[0] if op.args else ()), *op.keywords.values()]
+        else:
+            found.append(op)
     return {op.__module__.removeprefix("nmoe.kernels.") for op in found if "<lambda>" not in op.__name__}
 
 
@@ -74,7 +77,10 @@ def test_native_on_its_arch_is_native(monkeypatch, capability: tuple[int, int], 
     pretend(monkeypatch, capability)
     ops = select_ops("native", "cuda")
     assert ops.tier == "native"
-    assert modules(ops) == {"native.adamw_triton", "native.attention_cudnn", "native.routing_cuda"} | experts
+    triton = ("adamw", "cross_entropy", "mla", "norm", "rope", "swiglu")
+    shared = {*(f"native.{name}_triton" for name in triton), "native.attention_cudnn", "native.routing_cuda"}
+    shared.add("reference.cross_entropy")  # its products are the library's in both tiers
+    assert modules(ops) == shared | experts
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton and the CUDA kernels are for Linux")
@@ -94,7 +100,8 @@ def test_native_index_takes_the_counts_of_the_route(monkeypatch) -> None:
 def test_reference_runs_anywhere_and_only_when_asked(device: str) -> None:
     ops = select_ops("reference", device)
     assert ops.tier == "reference"
-    named = ("adamw", "attention", "experts", "grouped_gemm", "routing")
+    named = {"adamw", "attention", "experts", "grouped_gemm", "routing"}
+    named |= {"cross_entropy", "mla", "norm", "rope", "swiglu"}
     assert modules(ops) == {f"reference.{name}" for name in named}
 
 

@@ -8,8 +8,8 @@ from nmoe.kernels.reference import cross_entropy
 from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
 
 ROWS, WIDTH, VOCAB = 13, 6, 11
-CHUNKS = {"one": 1 << 28, "three_rows": 3 * VOCAB, "one_row": 1}
-"""Logits at once: all rows; chunks of three and a last one of one; row by row."""
+CHUNKS = {"one": 1 << 28, "two_rows": 3 * VOCAB, "one_row": 1}
+"""Logits at once: all rows; as many as two rows (a power of two) need, and a last chunk of one; row by row."""
 
 
 @pytest.fixture(params=CHUNKS)
@@ -102,6 +102,68 @@ def test_a_stale_main_grad_is_overwritten_once() -> None:
         linear_cross_entropy(x, weight, target).backward()
         assert weight.grad is None
         torch.testing.assert_close(weight.main_grad, times * exact(x, weight, target)[2], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("main_grad", [False, True])
+def test_a_graph_that_is_kept_gives_its_gradients_again(main_grad: bool) -> None:
+    """Each with its own factor: what the forward formed is not scaled in place."""
+    x, weight, target = draw()
+    if main_grad:
+        weight.main_grad = torch.zeros_like(weight)
+    loss = linear_cross_entropy(x, weight, target)
+    for factor in (0.3, 7.0):
+        (loss * factor).backward(retain_graph=True)
+    _, dx, dweight = exact(x, weight, target, 7.3)
+    torch.testing.assert_close(x.grad, dx, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(weight.main_grad if main_grad else weight.grad, dweight, rtol=1e-12, atol=1e-13)
+
+
+def test_the_factor_of_a_gradient_is_not_rounded_to_bfloat16() -> None:
+    """It is one over the tokens of a batch: rounded, every gradient would be off by the same 2^-10 of itself."""
+    x, weight, target = draw(torch.bfloat16)
+    loss = linear_cross_entropy(x, weight, target)
+    factor = torch.tensor(1 + 2.0**-8 - 2.0**-10)  # to bf16: 1
+    (whole,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, x, factor)
+    assert torch.equal(scaled, (whole.float() * factor).bfloat16())
+    assert not torch.equal(scaled, whole)
+
+
+def test_a_gradient_reaches_main_grad_in_one_pass(allocations) -> None:
+    """No scaled copy of (V, D): the one tensor of that shape which an op gives is the accumulator."""
+    x, weight, target = draw()
+    weight.main_grad = torch.zeros_like(weight)
+    loss = linear_cross_entropy(x, weight, target)
+    with allocations:
+        (loss * 0.3).backward()
+    assert allocations.shapes.count((VOCAB, WIDTH)) == 1
+
+
+def test_a_gradients_gradient_is_refused() -> None:
+    x, weight, target = draw()
+    loss = linear_cross_entropy(x, weight, target)
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(loss, x, factor, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_no_rows() -> None:
+    """A stale main_grad becomes zeros, which is the gradient of nothing."""
+    x, weight, _ = draw()
+    weight.main_grad, weight.main_grad_stale = torch.full_like(weight, float("nan")), True
+    loss = linear_cross_entropy(x[:0], weight, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not weight.main_grad.any()
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+def test_a_nan_is_not_hidden(where: str) -> None:
+    x, weight, target = draw()
+    with torch.no_grad():
+        (x if where == "x" else weight)[3, 2] = float("nan")
+    assert linear_cross_entropy(x, weight, target).isnan()
 
 
 def test_float32_main_grad_of_bfloat16_head() -> None:

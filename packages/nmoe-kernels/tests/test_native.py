@@ -84,7 +84,7 @@ def test_reference_wgrad_rounds_no_product() -> None:
 
 
 @pytest.mark.gpu
-def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_cross_entropy(native: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 rows in chunks: the loss in fp32's precision, gradients within two bf16 roundings."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 100 * 1000)
     x, weight = (torch.randn(n, 64, device="cuda").bfloat16() for n in (333, 1000))
@@ -96,7 +96,7 @@ def test_linear_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     x.requires_grad_()
     weight.requires_grad_()
     weight.main_grad = torch.zeros(weight.shape, device="cuda")
-    found = cross_entropy.linear_cross_entropy(x, weight, target)
+    found = native.linear_cross_entropy(x, weight, target)
     found.backward()
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert norm_error(x.grad, exact[0].grad) < 2 * ROUNDING

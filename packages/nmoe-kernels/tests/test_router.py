@@ -6,7 +6,7 @@ import pytest
 import torch
 from nmoe.kernels import router
 from nmoe.kernels.errors import ShapeError
-from nmoe.kernels.router import router_logits
+from nmoe.kernels.router import router_logits, router_logits_and_tokens
 
 ULP = 2.0**-24
 """Half a unit in fp32's last place, relative."""
@@ -17,22 +17,34 @@ SHAPES = [(1, 8, 3), (77, 64, 16), (300, 576, 64), (128, 2048, 5)]
 
 
 def path(name: str) -> Any:
-    """A parameter of `by_parts`."""
-    return pytest.param(name, marks=() if name == "cpu" else pytest.mark.gpu)
+    """A parameter of `by_parts` and `anywhere`."""
+    return pytest.param(name, marks=pytest.mark.gpu if name.startswith("cuda") else ())
+
+
+def take(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sets up one of the paths by parts; returns its device."""
+    if name != "cuda":
+        monkeypatch.setattr(router, "_in_one_pass", lambda x: False)
+    if name != "cpu":
+        return "cuda"
+    monkeypatch.setattr(router, "_splits", lambda x, weight: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(router, "_split", split_on_the_cpu)
+    monkeypatch.setattr(router, "_add_product", lambda into, a, b: into.add_(a.float() @ b.float()))
+    monkeypatch.setattr(router, "_added_to", added_on_the_cpu)
+    return "cpu"
 
 
 @pytest.fixture(params=[path("cpu"), path("cuda"), path("cuda_without_one_pass")])
 def by_parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A device where fp32 weights are split: a GPU, by the path that it takes of itself or part by part; or the CPU,
     which has no need to and no kernels for it, and gets some here."""
-    if request.param != "cuda":
-        monkeypatch.setattr(router, "_in_one_pass", lambda x: False)
-    if request.param != "cpu":
-        return "cuda"
-    monkeypatch.setattr(router, "_splits", lambda x, weight: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(router, "_split", split_on_the_cpu)
-    monkeypatch.setattr(router, "_add_product", lambda into, a, b: into.add_(a.float() @ b.float()))
-    return "cpu"
+    return take(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[path("plain"), path("cpu"), path("cuda")])
+def anywhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A device, as `by_parts`, or the CPU with plain products."""
+    return "cpu" if request.param == "plain" else take(request.param, monkeypatch)
 
 
 def split_on_the_cpu(wide: torch.Tensor, n: int) -> torch.Tensor:
@@ -41,6 +53,11 @@ def split_on_the_cpu(wide: torch.Tensor, n: int) -> torch.Tensor:
         parts.append(wide.bfloat16())
         wide = wide - parts[-1]
     return torch.stack(parts, 1)
+
+
+def added_on_the_cpu(addend: torch.Tensor, parts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    assert all(tensor.is_contiguous() for tensor in (addend, parts, weight))
+    return (addend.float() + parts[:, 0].float() @ weight.float()).bfloat16()
 
 
 def without_part(monkeypatch: pytest.MonkeyPatch, number: int, of: int) -> None:
@@ -305,9 +322,150 @@ def test_tokens_that_lie_otherwise(by_parts: str, whole: tuple[int, ...], view: 
     assert error(of_weight, dweight) < 2.0**-17 + 8 * ULP * 77**0.5
 
 
+# With the tokens, for what reads them beside the router.
+
+
+@pytest.mark.parametrize(("n_tokens", "width", "n_experts"), SHAPES)
+def test_the_tokens_gradient_is_where_the_routers_starts(
+    anywhere: str, n_tokens: int, width: int, n_experts: int
+) -> None:
+    """Their sum, within one bf16 rounding of each element and fp32's; by parts, of operands that are bf16 first. Logits
+    and the weight's gradient have the bits that they have alone."""
+    x, weight = draw(n_tokens, width, n_experts, anywhere)
+    dlogits = torch.randn(n_tokens, n_experts).to(anywhere)
+    addend = torch.randn(n_tokens, width).bfloat16().to(anywhere)
+    alone = router_logits(x, weight)
+    logits, tokens = router_logits_and_tokens(x, weight)
+    assert torch.equal(logits, alone)
+    assert torch.equal(tokens, x)
+    assert tokens.data_ptr() == x.data_ptr()
+    dx, dweight = torch.autograd.grad((logits, tokens), (x, weight), (dlogits, addend))
+    assert torch.equal(dweight, torch.autograd.grad(alone, weight, dlogits)[0])
+    operands = [dlogits, weight.detach()]
+    if router._splits(x, weight):
+        operands = [operand.bfloat16() for operand in operands]
+    g, w, a = (tensor.double().cpu() for tensor in (*operands, addend))
+    assert dx.dtype == torch.bfloat16
+    bound = BF16 * (a + g @ w).abs() + (n_experts + 1) * 2.0**-22 * (a.abs() + g.abs() @ w.abs())
+    assert ((dx.double().cpu() - (a + g @ w)).abs() <= bound).all()
+
+
+def test_the_sum_is_rounded_once(anywhere: str) -> None:
+    """1 + 2^-8 + 2^-16 is above the middle between 1 and the next bf16, 1 + 2^-7; with the router's share rounded
+    first, to 2^-8, it would be the middle itself, which goes to 1."""
+    x = torch.ones(20, 16, dtype=torch.bfloat16, device=anywhere, requires_grad=True)
+    weight = torch.tensor([[2.0**-8], [2.0**-16]], device=anywhere).repeat(1, 16)
+    dlogits, addend = torch.ones(20, 2, device=anywhere), torch.ones_like(x)
+    (dx,) = torch.autograd.grad(router_logits_and_tokens(x, weight), x, (dlogits, addend))
+    (share,) = torch.autograd.grad(router_logits(x, weight), x, dlogits)
+    assert (dx == 1 + 2.0**-7).all()
+    assert (addend + share == 1).all()
+
+
+@pytest.mark.parametrize(
+    "lay",
+    [
+        lambda dense: dense.mean().expand(77, 64),
+        lambda dense: dense[:1].expand(77, 64),
+        lambda dense: dense.t().contiguous().t(),
+    ],
+    ids=["one_number", "one_row", "by_columns"],
+)
+def test_an_addend_that_lies_otherwise(anywhere: str, lay: Any) -> None:
+    """Has the dense one's results; and what a gradient of `.sum()` is, one number in memory, stays one."""
+    x, weight = draw(77, 64, 16, anywhere)
+    dlogits, addend = torch.randn(77, 16).to(anywhere), lay(torch.randn(77, 64).bfloat16().to(anywhere))
+    before = addend.clone()
+    found, dense = (
+        torch.autograd.grad(router_logits_and_tokens(x, weight), (x, weight), (dlogits, given))
+        for given in (addend, addend.contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+    assert torch.equal(addend, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_addend_is_not_written_to(anywhere: str, dtype: torch.dtype) -> None:
+    """A sum hands the same gradient to all its terms, and the caller keeps it."""
+    x, weight = draw(77, 64, 16, anywhere)
+    x = x.detach().to(dtype).requires_grad_()
+    term = torch.zeros_like(x, requires_grad=True)
+    dlogits, addend = torch.randn(77, 16).to(anywhere), torch.randn(77, 64).to(anywhere, dtype)
+    before = addend.clone()
+    logits, tokens = router_logits_and_tokens(x, weight)
+    dx, dterm = torch.autograd.grad((logits, tokens + term), (x, term), (dlogits, addend))
+    assert torch.equal(addend, before)
+    assert torch.equal(dterm, before)
+    assert not torch.equal(dx, before)
+
+
+def test_tokens_alone_have_their_gradient_as_it_is(anywhere: str) -> None:
+    """And the weight has none: its main_grad stays as it is, and stale."""
+    x, weight = draw(77, 64, 16, anywhere)
+    weight.main_grad, weight.main_grad_stale = torch.full_like(weight, float("nan")), True
+    addend = torch.randn(77, 64).bfloat16().to(anywhere)
+    _, tokens = router_logits_and_tokens(x, weight)
+    tokens.backward(addend)
+    assert torch.equal(x.grad, addend)
+    assert weight.grad is None
+    assert weight.main_grad.isnan().all()
+    assert weight.main_grad_stale
+
+
+def test_logits_alone_have_the_gradients_of_router_logits(anywhere: str) -> None:
+    x, weight = draw(77, 64, 16, anywhere)
+    dlogits = torch.randn(77, 16).to(anywhere)
+    found, alone = (
+        torch.autograd.grad(logits, (x, weight), dlogits)
+        for logits in (router_logits_and_tokens(x, weight)[0], router_logits(x, weight))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+def test_frozen_tokens_ask_for_no_gradient(anywhere: str) -> None:
+    """Or the experts would compute one for nothing."""
+    x, weight = draw(77, 64, 16, anywhere)
+    logits, tokens = router_logits_and_tokens(x.detach(), weight)
+    assert not tokens.requires_grad
+    dlogits = torch.randn(77, 16).to(anywhere)
+    expected = torch.autograd.grad(router_logits(x, weight), weight, dlogits)[0]
+    assert torch.equal(torch.autograd.grad(logits, weight, dlogits)[0], expected)
+    with torch.no_grad():
+        assert not any(result.requires_grad for result in router_logits_and_tokens(x, weight))
+
+
+def test_a_frozen_weight_leaves_the_tokens_gradient(anywhere: str) -> None:
+    x, weight = draw(77, 64, 16, anywhere)
+    given = torch.randn(77, 16).to(anywhere), torch.randn(77, 64).bfloat16().to(anywhere)
+    expected, found = (
+        torch.autograd.grad(router_logits_and_tokens(x, w), x, given)[0] for w in (weight, weight.detach())
+    )
+    assert torch.equal(found, expected)
+
+
+def test_gradients_with_tokens_by_finite_differences() -> None:
+    """Of both results, of each without the other, and of several uses of the tokens."""
+    x, weight = (tensor.detach().double().requires_grad_() for tensor in draw(5, 7, 4))
+    assert torch.autograd.gradcheck(router_logits_and_tokens, (x, weight))
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits, tokens = router_logits_and_tokens(x.sin(), weight)
+        return logits.softmax(-1) @ weight * tokens + tokens.cos()
+
+    assert torch.autograd.gradcheck(layer, (x, weight))
+
+
+def test_tokens_cannot_be_written_to_in_place() -> None:
+    """The weight's gradient needs them as the router saw them."""
+    _, tokens = router_logits_and_tokens(*draw(5, 8, 4))
+    with pytest.raises(RuntimeError, match="inplace"):
+        tokens.mul_(2)
+
+
 @pytest.mark.parametrize(
     ("x", "weight"), [((3, 4), (7, 5)), ((2, 3, 4), (7, 4)), ((3, 4), (4,))], ids=["width", "x", "weight"]
 )
 def test_refuses_what_does_not_belong_together(x: tuple[int, ...], weight: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError, match=r"expected x \(T, D\) and weight \(E, D\), found .* give both"):
-        router_logits(torch.zeros(x), torch.zeros(weight))
+    for call in (router_logits, router_logits_and_tokens):
+        with pytest.raises(ShapeError, match=r"expected x \(T, D\) and weight \(E, D\), found .* give both"):
+            call(torch.zeros(x), torch.zeros(weight))

@@ -12,9 +12,10 @@ from functools import partial
 import pytest
 import torch
 from nmoe.kernels.ops import select_ops
+from nmoe.kernels.reference import mla as reference_mla
+from nmoe.kernels.reference import rope as reference_rope
 from nmoe.kernels.reference import routing as routing_op
 from nmoe.kernels.reference.rope import rope_frequencies, yarn_frequencies
-from nmoe.model import attention_mla
 from nmoe.model.feed_forward import MixtureOfExperts
 from nmoe.model.generation import Sampling, generate
 from nmoe.model.hf import export_hf, import_hf
@@ -191,7 +192,8 @@ def rotate_halves(x, cos, sin):
 
 
 def half_rotation(model, patch):
-    patch.setattr(attention_mla, "apply_rope", rotate_halves)
+    for module in (reference_mla, reference_rope):
+        patch.setattr(module, "apply_rope", rotate_halves)
 
 
 def scale_softmax(power):

@@ -22,12 +22,22 @@ class Ops:
     tier: Tier
     attention: Callable[..., torch.Tensor]
     """`attention`"""
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    """`norm`: x, gain and epsilon to the normed x."""
+    mla_heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """`mla`: MLA's projections to what `attention` takes."""
     route: Callable[..., Any]
     """`routing`: logits and bias to a routing with `expert_TK` and `gate_TK`."""
     index_rows: Callable[[Any, int], Any]
     """`routing`: a routing and the number of experts to an index with `offset_E`."""
     experts: Callable[..., torch.Tensor]
     """`experts`: x, index, gates, w13 and w2 to the gated sum of each token's experts."""
+    rope: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """`rope`: heads (B, S, H, d), cos and sin to the turned heads."""
+    swiglu: Callable[[torch.Tensor], torch.Tensor]
+    """`swiglu`: gate and up side by side to their SwiGLU."""
+    linear_cross_entropy: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """`cross_entropy`: rows, head and targets to the sum of the rows' losses."""
     adamw_: Callable[..., None]
     """`adamw`"""
 
@@ -57,16 +67,26 @@ def select_ops(tier: Tier, device: torch.device | str) -> Ops:
 def _reference_ops() -> Ops:
     from nmoe.kernels.reference.adamw import adamw_
     from nmoe.kernels.reference.attention import attention
+    from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
     from nmoe.kernels.reference.experts import GroupedGemms, experts
     from nmoe.kernels.reference.grouped_gemm import grouped_gemm, grouped_wgrad
+    from nmoe.kernels.reference.mla import mla_heads
+    from nmoe.kernels.reference.norm import rms_norm
+    from nmoe.kernels.reference.rope import rope
     from nmoe.kernels.reference.routing import index_rows, route
+    from nmoe.kernels.reference.swiglu import swiglu
 
     return Ops(
         tier="reference",
         attention=attention,
+        rms_norm=rms_norm,
+        mla_heads=mla_heads,
         route=route,
         index_rows=lambda routing, n_experts: index_rows(routing.expert_TK, n_experts),
         experts=partial(experts, GroupedGemms(grouped_gemm, grouped_wgrad)),
+        rope=rope,
+        swiglu=swiglu,
+        linear_cross_entropy=linear_cross_entropy,
         adamw_=adamw_,
     )
 
@@ -74,14 +94,25 @@ def _reference_ops() -> Ops:
 def _native_ops(arch: str) -> Ops:
     from nmoe.kernels.native.adamw_triton import adamw_
     from nmoe.kernels.native.attention_cudnn import attention
+    from nmoe.kernels.native.cross_entropy_triton import score_rows
+    from nmoe.kernels.native.mla_triton import mla_heads
+    from nmoe.kernels.native.norm_triton import rms_norm
+    from nmoe.kernels.native.rope_triton import rope
     from nmoe.kernels.native.routing_cuda import index_rows, route
+    from nmoe.kernels.native.swiglu_triton import swiglu
+    from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
 
     return Ops(
         tier="native",
         attention=attention,
+        rms_norm=rms_norm,
+        mla_heads=mla_heads,
         route=route,
         index_rows=lambda routing, n_experts: index_rows(routing.expert_TK, n_experts, routing.histogram_BE),
         experts=_hopper_experts() if arch == "sm_90a" else _blackwell_experts(),
+        rope=rope,
+        swiglu=swiglu,
+        linear_cross_entropy=partial(linear_cross_entropy, score_rows=score_rows),
         adamw_=adamw_,
     )
 

@@ -30,38 +30,59 @@ def router_logits(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
     Raises:
         ShapeError: the shapes do not belong together.
     """
+    return router_logits_and_tokens(x_TD, weight_ED)[0]
+
+
+def router_logits_and_tokens(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `router_logits`, and x again, for all that reads it beside the router: experts, and shared experts.
+
+    The gradient that comes back through that x is where the sum of the router's own starts, which is rounded once.
+    Autograd alone would round both, and take two passes more over (T, D) to add one to the other.
+
+    Returns:
+        The logits, and a view of x: writing to it in place is refused, for the router's gradient needs it as it is.
+
+    Raises:
+        ShapeError: the shapes do not belong together.
+    """
     if x_TD.dim() != 2 or weight_ED.dim() != 2 or x_TD.shape[1] != weight_ED.shape[1]:
         raise ShapeError(
             f"expected x (T, D) and weight (E, D), found {tuple(x_TD.shape)} and {tuple(weight_ED.shape)}: give both "
             "the model's width"
         )
-    return _RouterLogits.apply(x_TD, weight_ED)
+    logits_TE, again_TD = _RouterLogits.apply(x_TD, weight_ED)
+    # The function's own would want a gradient for the weight's sake.
+    return logits_TE, again_TD if x_TD.requires_grad else x_TD
 
 
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x_TD)
+        ctx.set_materialize_grads(False)
         ctx.weight = weight_ED  # the very parameter: its main_grad is looked up when the gradient is there
         if not _splits(x_TD, weight_ED):
-            return x_TD.to(weight_ED.dtype) @ weight_ED.t()
-        return _product(x_TD.contiguous(), _split(weight_ED, 3))
+            return x_TD.to(weight_ED.dtype) @ weight_ED.t(), x_TD
+        return _product(x_TD.contiguous(), _split(weight_ED, 3)), x_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        (dlogits_TE,), (x_TD,), weight_ED = grads, ctx.saved_tensors, ctx.weight
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        (dlogits_TE, addend_TD), (x_TD,), weight_ED = grads, ctx.saved_tensors, ctx.weight
         wants_x, wants_weight = ctx.needs_input_grad
+        if dlogits_TE is None:
+            return addend_TD, None
         dx_TD = dweight_ED = None
         if _splits(x_TD, weight_ED):
             parts_T2E = _split(dlogits_TE, 2)  # the upper 8 bits and the next 8: dweight takes both
             if wants_x:
-                dx_TD = parts_T2E[:, 0] @ weight_ED.to(x_TD.dtype)
+                dx_TD = _gradient(addend_TD, parts_T2E, weight_ED.to(x_TD.dtype))
             if wants_weight:
                 dweight_ED = mm_wide(parts_T2E.flatten(1).t(), x_TD).unflatten(0, (2, -1)).sum(0)
         else:
             if wants_x:
-                dx_TD = (dlogits_TE @ weight_ED).to(x_TD.dtype)
+                dx_TD = dlogits_TE @ weight_ED
+                dx_TD = (dx_TD if addend_TD is None else dx_TD.add_(addend_TD)).to(x_TD.dtype)
             if wants_weight:
                 dweight_ED = dlogits_TE.t() @ x_TD.to(weight_ED.dtype)
         return dx_TD, None if dweight_ED is None else deliver(weight_ED, dweight_ED)
@@ -93,6 +114,19 @@ def _product(x_TD: torch.Tensor, parts_E3D: torch.Tensor) -> torch.Tensor:
 
 def _add_product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
+
+
+def _gradient(addend_TD: torch.Tensor | None, parts_T2E: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    """`addend + parts[:, 0] · weight`, rounded once."""
+    if addend_TD is None:
+        return parts_T2E[:, 0] @ weight_ED
+    return _added_to(addend_TD.contiguous(), parts_T2E, weight_ED.contiguous())
+
+
+def _added_to(addend_TD: torch.Tensor, parts_T2E: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    from nmoe.kernels.native.router_triton import add_router_gradient
+
+    return add_router_gradient(addend_TD, parts_T2E, weight_ED)
 
 
 def _in_one_pass(x_TD: torch.Tensor) -> bool:

@@ -20,7 +20,6 @@ import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.ops import Ops, select_ops
 from nmoe.kernels.reference.adamw import AdamWStep
-from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
 from nmoe.kernels.router import router_logits
 
 _TOKENS, _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 333, 128, 192, 9, 3
@@ -223,11 +222,30 @@ def _check_attention(setting: Setting) -> Iterator[Finding]:
         yield compare(f"d{name}", a, b, 2 * setting.rounding)
 
 
+def _check_mla_heads(setting: Setting) -> Iterator[Finding]:
+    sizes = ((2, 50, 3, 192), (2, 50, 3, 256), (2, 50, 64))
+    inputs = [setting.normal(*size).requires_grad_() for size in sizes]
+    angle = torch.rand(50, 32) * 6
+    cos, sin = (table.to(setting.device) for table in (angle.cos(), angle.sin()))
+    found = setting.ops.mla_heads(*inputs, cos, sin)
+    q, kv, k_rope = (t.detach().double().cpu().requires_grad_() for t in inputs)
+    pairs, phases = q[..., 128:].unflatten(-1, (-1, 2)), torch.complex(cos, sin).cpu()[:, None]
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * phases).flatten(-2)
+    keys = torch.cat((kv[..., :128], k_rope[:, :, None].expand(-1, -1, 3, -1)), -1)
+    expected = [t.transpose(1, 2) for t in (torch.cat((q[..., :128], turned), -1), keys, kv[..., 128:])]
+    douts = [setting.normal(*t.shape) for t in expected]
+    gradients = torch.autograd.grad(found, inputs, douts)
+    exact = torch.autograd.grad(expected, (q, kv, k_rope), [dout.double().cpu() for dout in douts])
+    compared = zip(("q", "k", "v", "dq", "dkv", "dk_rope"), (*found, *gradients), (*expected, *exact), strict=True)
+    for name, a, b in compared:
+        yield compare(name, a, b, setting.rounding)
+
+
 def _check_cross_entropy(setting: Setting) -> Iterator[Finding]:
     x, weight = setting.normal(_TOKENS, _WIDTH).requires_grad_(), setting.normal(1000, _WIDTH).requires_grad_()
     target = torch.randint(1000, (_TOKENS,))
     target[::7] = -100
-    loss = linear_cross_entropy(x, weight, target.to(setting.device))
+    loss = setting.ops.linear_cross_entropy(x, weight, target.to(setting.device))
     exact = [t.detach().double().cpu().requires_grad_() for t in (x, weight)]
     expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target, reduction="sum")
     yield compare("loss", loss, expected, 1e-5)
@@ -258,6 +276,7 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "routing": _check_routing,
     "layer": _check_layer,
     "attention": _check_attention,
+    "mla_heads": _check_mla_heads,
     "cross_entropy": _check_cross_entropy,
     "adamw": _check_adamw,
 }

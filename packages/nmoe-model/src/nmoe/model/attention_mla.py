@@ -6,7 +6,6 @@ n width without position, r RoPE width, v value width.
 
 import torch
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.rope import apply_rope
 from nmoe.model.cache import LayerCache
 from nmoe.model.layers import Linear, RMSNorm, Rope, softmax_scale
 from nmoe.model.schema import ModelConfig
@@ -39,11 +38,11 @@ class MultiHeadLatentAttention(nn.Module):
             self.wq = Linear(config.dim, q_width)
         else:
             self.wq_a = Linear(config.dim, config.q_lora_rank)
-            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_norm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS, ops)
             self.wq_b = Linear(config.q_lora_rank, q_width)
         self.has_q_lora = config.q_lora_rank is not None
         self.wkv_a = Linear(config.dim, rank + rope)
-        self.kv_norm = RMSNorm(rank, LATENT_NORM_EPS)
+        self.kv_norm = RMSNorm(rank, LATENT_NORM_EPS, ops)
         self.wkv_b = Linear(rank, config.n_heads * (nope + value))
         self.wo = Linear(config.n_heads * value, config.dim)
 
@@ -52,40 +51,28 @@ class MultiHeadLatentAttention(nn.Module):
         q_BSHd = (self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.has_q_lora else self.wq(x_BSD)).unflatten(
             -1, (self.n_heads, -1)
         )
-        q_nope_BSHn, q_rope_BSHr = q_BSHd.split((self.nope, self.rope), dim=-1)
-        q_rope_BHSr = apply_rope(q_rope_BSHr.transpose(1, 2), *rope)
         latent, k_rope = self.wkv_a(x_BSD).split((self.wkv_b.weight.shape[1], self.rope), dim=-1)
-        latent_BSc, k_rope_BSr = self.kv_norm(latent), apply_rope(k_rope, *rope)
+        latent_BSc, k_rope_BSr = self.kv_norm(latent), self.ops.rope(k_rope[:, :, None], *rope)[:, :, 0]
         if cache is not None:
             latent_BSc, k_rope_BSr = cache.append(latent_BSc, k_rope_BSr)
-        if latent_BSc.shape[1] > x_BSD.shape[1]:
-            out_BSHv = self._attend_in_latent_space(q_nope_BSHn, q_rope_BHSr, latent_BSc, k_rope_BSr)
-        else:
-            out_BSHv = self._attend(q_nope_BSHn, q_rope_BHSr, latent_BSc, k_rope_BSr)
-        return self.wo(out_BSHv.flatten(2))
+        decoding = latent_BSc.shape[1] > x_BSD.shape[1]
+        attend = self._attend_in_latent_space if decoding else self._attend
+        return self.wo(attend(q_BSHd, latent_BSc, k_rope_BSr, rope).flatten(2))
 
     def _attend(
-        self,
-        q_nope_BSHn: torch.Tensor,
-        q_rope_BHSr: torch.Tensor,
-        latent_BSc: torch.Tensor,
-        k_rope_BSr: torch.Tensor,
+        self, q_BSHd: torch.Tensor, latent_BSc: torch.Tensor, k_rope_BSr: torch.Tensor, rope: Rope
     ) -> torch.Tensor:
-        kv_BHSx = self.wkv_b(latent_BSc).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        k_nope_BHSn, v_BHSv = kv_BHSx.split((self.nope, self.value), dim=-1)
-        q = torch.cat((q_nope_BSHn.transpose(1, 2), q_rope_BHSr), dim=-1)
-        k = torch.cat((k_nope_BHSn, k_rope_BSr[:, None].expand(-1, self.n_heads, -1, -1)), dim=-1)
-        return self.ops.attention(q, k, v_BHSv, scale=self.scale, window=self.window).transpose(1, 2)
+        kv_BSHx = self.wkv_b(latent_BSc).unflatten(-1, (self.n_heads, -1))
+        q_BHSd, k_BHSd, v_BHSv = self.ops.mla_heads(q_BSHd, kv_BSHx, k_rope_BSr, *rope)
+        return self.ops.attention(q_BHSd, k_BHSd, v_BHSv, scale=self.scale, window=self.window).transpose(1, 2)
 
     def _attend_in_latent_space(
-        self,
-        q_nope_BSHn: torch.Tensor,
-        q_rope_BHSr: torch.Tensor,
-        latent_BLc: torch.Tensor,
-        k_rope_BLr: torch.Tensor,
+        self, q_BSHd: torch.Tensor, latent_BLc: torch.Tensor, k_rope_BLr: torch.Tensor, rope: Rope
     ) -> torch.Tensor:
         """Decoding: the key projection moves to the query and the value projection to the output, so that the cached
         latents are used as they are, not expanded to H heads at every token."""
+        q_nope_BSHn, q_rope_BSHr = q_BSHd.split((self.nope, self.rope), dim=-1)
+        q_rope_BHSr = self.ops.rope(q_rope_BSHr, *rope).transpose(1, 2)
         wk_Hnc, wv_Hvc = self.wkv_b.weight.unflatten(0, (self.n_heads, -1)).split((self.nope, self.value), dim=1)
         q_BHSx = torch.cat((torch.einsum("bshn,hnc->bhsc", q_nope_BSHn, wk_Hnc), q_rope_BHSr), dim=-1)
         k_BHLx = torch.cat((latent_BLc, k_rope_BLr), dim=-1)[:, None].expand(-1, self.n_heads, -1, -1)

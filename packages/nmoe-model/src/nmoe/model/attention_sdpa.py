@@ -5,7 +5,6 @@ Shapes: B batch, S new positions, L all positions (cache included), D model widt
 
 import torch
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.rope import apply_rope
 from nmoe.model.cache import LayerCache
 from nmoe.model.layers import Linear, RMSNorm, Rope, softmax_scale
 from nmoe.model.schema import ModelConfig
@@ -25,19 +24,17 @@ class MultiHeadAttention(nn.Module):
         self.wo = Linear(width, config.dim)
         self.has_qk_norm = config.qk_norm
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops)
 
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         """(B, S, D) to (B, S, D); with a cache, x continues what it holds."""
         q, k, v_BSHd = (w(x_BSD).unflatten(-1, (self.n_heads, -1)) for w in (self.wq, self.wk, self.wv))
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSd = apply_rope(q.transpose(1, 2), *rope)
-        k_BSHd = apply_rope(k.transpose(1, 2), *rope).transpose(1, 2)
+        q_BSHd, k_BSHd = self.ops.rope(q, *rope), self.ops.rope(k, *rope)
         if cache is not None:
             k_BSHd, v_BSHd = cache.append(k_BSHd, v_BSHd)
-        out_BHSd = self.ops.attention(
-            q_BHSd, k_BSHd.transpose(1, 2), v_BSHd.transpose(1, 2), scale=self.scale, window=self.window
-        )
+        q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
+        out_BHSd = self.ops.attention(q_BHSd, k_BHSd, v_BHSd, scale=self.scale, window=self.window)
         return self.wo(out_BHSd.transpose(1, 2).flatten(2))

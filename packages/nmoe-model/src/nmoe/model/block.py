@@ -19,13 +19,13 @@ class Block(nn.Module):
         super().__init__()
         kind = MultiHeadLatentAttention if config.attn == "mla" else MultiHeadAttention
         window = config.attn_local_window if config.is_local(layer) else None
-        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps, ops)
         self.attn = kind(config, ops, window)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, ops)
         self.ffn: Mlp | MixtureOfExperts
         if config.is_dense(layer):
             assert config.inter_dim, "the schema requires inter_dim of a model with dense layers"
-            self.ffn = Mlp(config.dim, config.inter_dim)
+            self.ffn = Mlp(config.dim, config.inter_dim, ops)
         else:
             self.ffn = MixtureOfExperts(config, ops, transport)
 

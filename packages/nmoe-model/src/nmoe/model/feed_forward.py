@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.swiglu import swiglu
-from nmoe.kernels.router import router_logits
+from nmoe.kernels.router import router_logits_and_tokens
 from nmoe.model.schema import ModelConfig
 from nmoe.rdep.transport import Transport
 from torch import nn
@@ -18,14 +17,15 @@ from torch import nn
 class Mlp(nn.Module):
     """`w2(silu(w1 x) · w3 x)`; gate and up are one product."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.w13 = nn.Parameter(torch.empty(2, hidden, width))
         self.w2 = nn.Parameter(torch.empty(width, hidden))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) to (…, D)."""
-        return F.linear(swiglu(F.linear(x, self.w13.flatten(0, 1))), self.w2)
+        return F.linear(self.ops.swiglu(F.linear(x, self.w13.flatten(0, 1))), self.w2)
 
 
 class Experts(nn.Module):
@@ -51,9 +51,9 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(n_experts, dtype=torch.float32))
         self.register_buffer("load", torch.zeros(n_experts, dtype=torch.float32), persistent=False)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Logits (T, E) of each token's experts."""
-        return router_logits(x_TD, self.weight)
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (T, E) of each token's experts, and x for all that reads it beside the router."""
+        return router_logits_and_tokens(x_TD, self.weight)
 
     @torch.no_grad()
     def update_bias(self) -> None:
@@ -83,12 +83,12 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(n_experts, config.dim, hidden)
         self.has_shared = config.n_shared_experts > 0
         if self.has_shared:
-            self.shared = Mlp(config.dim, hidden * config.n_shared_experts)
+            self.shared = Mlp(config.dim, hidden * config.n_shared_experts, ops)
 
     def forward(self, x_BSD: torch.Tensor) -> MoeOutput:
         """(B, S, D) to (B, S, D). In training mode the router's load counts every routed row."""
         x_TD = x_BSD.flatten(0, 1)
-        logits_TE = self.router(x_TD)
+        logits_TE, x_TD = self.router(x_TD)
         assert self.config.n_activated_experts, "the schema requires K of a model with experts"
         routing = self.ops.route(
             logits_TE,
@@ -115,9 +115,8 @@ class MixtureOfExperts(nn.Module):
         loss = share_TE.new_zeros(())
         if per_sequence:
             # Equation 18 counts the best experts by score alone: the bias must not hide what the scores prefer.
-            order_TE = torch.sort(score_TE.detach(), dim=-1, descending=True, stable=True).indices
-            best_TK = order_TE[:, : expert_TK.shape[1]]
-            loss = loss + per_sequence * _imbalance(share_TE, best_TK, n_sequences)
+            unbiased = self.ops.route(logits_TE.detach(), torch.zeros_like(self.router.bias), top_k=expert_TK.shape[1])
+            loss = loss + per_sequence * _imbalance(share_TE, unbiased.expert_TK.long(), n_sequences)
         if per_batch:
             loss = loss + per_batch * n_sequences * _imbalance(share_TE, expert_TK.long(), 1)
         return loss

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from nmoe.kernels.reference.norm import rms_norm
+from nmoe.kernels.ops import Ops
 from nmoe.kernels.reference.rope import rope_frequencies, rope_tables, yarn_frequencies, yarn_mscale
 from nmoe.model.schema import ModelConfig
 from torch import nn
@@ -38,14 +38,14 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm with a learned gain."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, ops: Ops) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.ops = eps, ops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, width) to the same."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):

@@ -22,11 +22,11 @@ class MtpModule(nn.Module):
 
     def __init__(self, config: ModelConfig, depth: int, ops: Ops, transport: Transport) -> None:
         super().__init__()
-        self.hidden_norm = RMSNorm(config.dim, config.norm_eps)
-        self.embed_norm = RMSNorm(config.dim, config.norm_eps)
+        self.hidden_norm = RMSNorm(config.dim, config.norm_eps, ops)
+        self.embed_norm = RMSNorm(config.dim, config.norm_eps, ops)
         self.proj = Linear(2 * config.dim, config.dim)
         self.block = Block(config, config.n_layers + depth - 1, ops, transport)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, ops)
 
     def forward(self, state_BSD: torch.Tensor, embedding_BSD: torch.Tensor, rope: Rope) -> MoeOutput:
         """Equations 21 and 22, then this depth's final norm: the state that the shared head reads.

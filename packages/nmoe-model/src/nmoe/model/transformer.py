@@ -9,7 +9,6 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
 from nmoe.model.block import Block
 from nmoe.model.cache import Cache
 from nmoe.model.feed_forward import Router
@@ -41,7 +40,7 @@ class Transformer(nn.Module):
         self.embed = Embedding(config.vocab_size, config.dim)
         self.rope = RotaryEmbedding(config)
         self.layers = nn.ModuleList(Block(config, i, ops, transport) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps, ops)
         self.head = Linear(config.dim, config.vocab_size)
         self.mtp = nn.ModuleList(MtpModule(config, k, ops, transport) for k in range(1, config.mtp_depth + 1))
 
@@ -111,7 +110,7 @@ class Transformer(nn.Module):
     def score(self, input_BS: torch.Tensor, target_BS: torch.Tensor) -> torch.Tensor:
         """Sum of `-log p(target)` in nats over targets that are not -100; never holds T×V logits."""
         state_TD = self.hidden(input_BS).flatten(0, 1)
-        return linear_cross_entropy(state_TD, self.head.weight, target_BS.flatten())
+        return self.ops.linear_cross_entropy(state_TD, self.head.weight, target_BS.flatten())
 
     def training_loss(self, sample_BS1: torch.Tensor, n_tokens: int) -> TrainingLoss:
         """Loss of samples of S + 1 tokens, over `n_tokens`, the predicted tokens of the whole global batch.
@@ -122,7 +121,7 @@ class Transformer(nn.Module):
         length = sample_BS1.shape[1] - 1
         input_BS, target_BS = sample_BS1[:, :-1], sample_BS1[:, 1:]
         state_BSD, balances = self._trunk(input_BS, None)
-        nll = linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS.flatten())
+        nll = self.ops.linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS.flatten())
         total = nll / n_tokens
         for depth, module in enumerate(self.mtp, start=1):
             rope = self.rope(0, length - depth, sample_BS1.device)
@@ -130,7 +129,9 @@ class Transformer(nn.Module):
             state_BSD, balance = module(state_BSD[:, : length - depth], embedding_BSD, rope)
             if balance is not None:
                 balances.append(balance)
-            loss = linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS[:, depth:].flatten())
+            loss = self.ops.linear_cross_entropy(
+                state_BSD.flatten(0, 1), self.head.weight, target_BS[:, depth:].flatten()
+            )
             total = total + loss * (self.config.mtp_loss_weight / self.config.mtp_depth / n_tokens)
         for balance in balances:
             total = total + balance * (length / n_tokens)

@@ -57,11 +57,11 @@ class NmoeLayer(Layer):
 
     def __init__(self, problem: Problem) -> None:
         from nmoe.kernels.ops import select_ops
-        from nmoe.kernels.router import router_logits
+        from nmoe.kernels.router import router_logits_and_tokens
 
         device = problem.x_TD.device
         self._ops = select_ops("native" if device.type == "cuda" else "reference", device)
-        self._router_logits = router_logits
+        self._router = router_logits_and_tokens
         self._n_experts, self._top_k = problem.shape.n_experts, problem.shape.top_k
         self._bias_E = torch.zeros(self._n_experts, device=device)
         self._experts = (problem.w13_e2FD.requires_grad_(), problem.w2_eDF.requires_grad_())
@@ -83,7 +83,8 @@ class NmoeLayer(Layer):
         return super().versions() | {"nvrtc": nvrtc_version()}
 
     def _run(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
-        routing = self._ops.route(self._router_logits(x_TD, self._weights[0]), self._bias_E, top_k=self._top_k)
+        logits_TE, x_TD = self._router(x_TD, self._weights[0])
+        routing = self._ops.route(logits_TE, self._bias_E, top_k=self._top_k)
         index = self._ops.index_rows(routing, self._n_experts)
         return self._ops.experts(x_TD, index, routing.gate_TK, *self._experts), index.offset_E.diff
 

@@ -69,3 +69,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     wide = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).contiguous()
     turned = torch.view_as_complex(wide) * torch.complex(cos, sin)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def rope(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_rope` of heads in the order that projections give: x (B, S, H, d), cos and sin (S, d/2), to x's shape."""
+    return apply_rope(x_BSHd.transpose(1, 2), cos, sin).transpose(1, 2)

@@ -20,7 +20,15 @@ _CUDA_MODULES: tuple[str, ...] = (
 )
 
 # Modules of Triton kernels, one a line: each has `TRITON_KERNELS: tuple[TritonKernel, ...]`.
-_TRITON_MODULES: tuple[str, ...] = ("nmoe.kernels.native.grouped_gemm_triton",)
+_TRITON_MODULES: tuple[str, ...] = (
+    "nmoe.kernels.native.cross_entropy_triton",
+    "nmoe.kernels.native.grouped_gemm_triton",
+    "nmoe.kernels.native.mla_triton",
+    "nmoe.kernels.native.norm_triton",
+    "nmoe.kernels.native.rope_triton",
+    "nmoe.kernels.native.router_triton",
+    "nmoe.kernels.native.swiglu_triton",
+)
 
 _ADAMW_SCALARS = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "step_size", "second_moment_scale")
 
