@@ -525,14 +525,15 @@ def strided_like(weight: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("accumulator", "told"),
     [
-        (lambda w: cuda(*w.shape), "contiguous torch.float32 main_grad, found torch.bfloat16"),
-        (lambda w: cuda(*w.shape, dtype=torch.float64), "contiguous torch.float32 main_grad, found torch.float64"),
-        (strided_like, "contiguous torch.float32 main_grad, found torch.float32 with strides"),
+        (lambda w: cuda(*w.shape), "contiguous torch.float32 main_grad.*found torch.bfloat16"),
+        (lambda w: cuda(*w.shape, dtype=torch.float64), "contiguous torch.float32 main_grad.*found torch.float64"),
+        (strided_like, "contiguous torch.float32 main_grad.*found torch.float32 with strides"),
+        (lambda w: cuda(w.numel() + 2, dtype=torch.float32)[2:].view(w.shape), "multiple of 16 bytes.*from element 2"),
         (lambda w: cuda(1, *w.shape[1:], dtype=torch.float32), "main_grad .* found \\(1, "),
         (lambda w: torch.empty(w.shape), "main_grad .* on cuda:0, found .* on cpu"),
         (lambda w: torch.empty(w.shape, device="cuda:1"), "main_grad .* on cuda:0, found .* on cuda:1"),
     ],
-    ids=["bfloat16", "float64", "strided", "shape", "cpu", "other_gpu"],
+    ids=["bfloat16", "float64", "strided", "between_16_bytes", "shape", "cpu", "other_gpu"],
 )
 def test_a_wrong_main_grad_is_refused(name: str, accumulator: Any, told: str) -> None:
     """Kernels write to its address: a wrong one would be written past its end, or in a wrong order."""

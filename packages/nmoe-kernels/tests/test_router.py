@@ -7,6 +7,7 @@ import torch
 from nmoe.kernels import router
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.router import router_logits, router_logits_and_tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 ULP = 2.0**-24
 """Half a unit in fp32's last place, relative."""
@@ -469,3 +470,18 @@ def test_refuses_what_does_not_belong_together(x: tuple[int, ...], weight: tuple
     for call in (router_logits, router_logits_and_tokens):
         with pytest.raises(ShapeError, match=r"expected x \(T, D\) and weight \(E, D\), found .* give both"):
             call(torch.zeros(x), torch.zeros(weight))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89"])
+def test_an_arch_without_kernels_has_the_plain_product(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference runs on any device: what kernels of this package would do there is left to PyTorch."""
+    monkeypatch.setattr(router, "_arch", lambda device: arch)
+    monkeypatch.delattr(router, "_split")
+    monkeypatch.delattr(router, "_product")
+    with FakeTensorMode():
+        x = torch.empty(6, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        weight = torch.empty(4, 16, device="cuda", requires_grad=True)
+        logits, again = router.router_logits_and_tokens(x, weight)
+        assert again.grad_fn is logits.grad_fn
+        dx, dweight = logits.grad_fn.apply(torch.ones_like(logits), torch.ones_like(x))
+    assert (logits.dtype, dx.dtype, dweight.dtype) == (torch.float32, torch.bfloat16, torch.float32)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from nmoe.kernels.ops import select_ops
+from nmoe.kernels.reference import cross_entropy
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport
 from nmoe.train.gradients import Gradients
@@ -83,3 +84,11 @@ def test_ranks_share_experts_and_optimizer_state():
     assert shared.gradients == pytest.approx(one.gradients / 4)
     assert shared.optimizer == pytest.approx(one.optimizer / 4)
     assert one.parameters / 4 < shared.parameters < one.parameters
+
+
+@pytest.mark.parametrize("vocab", [500, 50_304, 201_088])
+def test_the_heads_chunk_is_the_one_that_is_made(vocab):
+    """The module imports no torch, and so knows the rule by heart."""
+    settings = config(vocab_size=vocab, n_dense_layers=3)
+    rows = cross_entropy._chunk_rows(4 * 128, vocab)
+    assert predict_memory(settings).workspace == rows * vocab * (4 + 4 + 2) + 4 * vocab * 64

@@ -1,9 +1,9 @@
 """Where weight gradients go.
 
 A trainer that wants fp32 gradients of bf16 weights gives each parameter an attribute `main_grad`: an fp32 tensor of its
-shape. Ops with hand-derived backwards write to it and hand autograd nothing; without it they return an ordinary
-gradient. A trainer that sets `main_grad_stale = True` beside it need not clear it: the next gradient overwrites what is
-there.
+shape, at a multiple of 16 bytes. Ops with hand-derived backwards write to it and hand autograd nothing; without it they
+return an ordinary gradient. A trainer that sets `main_grad_stale = True` beside it need not clear it: the next gradient
+overwrites what is there.
 """
 
 import torch

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from nmoe.kernels.arch import detect_arch
+from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import deliver
 from nmoe.kernels.reference.matmul import mm_wide
@@ -89,7 +89,9 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def _splits(x_TD: torch.Tensor, weight_ED: torch.Tensor) -> bool:
-    return x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32
+    """Whether the product is made of bf16 parts: on the arches that the kernels for it are written for."""
+    narrow = x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32
+    return narrow and _arch(x_TD.device) in NATIVE_ARCHES
 
 
 def _split(wide_RN: torch.Tensor, parts: Literal[2, 3]) -> torch.Tensor:

@@ -72,8 +72,12 @@ def _activations(config: TrainingConfig) -> int:
         else:
             hidden, top_k = model.moe_inter_dim or 0, model.n_activated_experts or 0
             total += tokens * width * (2 * top_k + 3 * model.n_shared_experts) * hidden
-            total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # the router's fp32 input and scores
-            total += tokens * top_k * 8 * 3  # row indices
+            if config.runtime.kernels == "native":
+                total += tokens * 4 * 2 * (model.n_routed_experts or 0)  # the router's scores
+                total += tokens * top_k * 4 * 4  # row indices
+            else:
+                total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # its fp32 input too
+                total += tokens * top_k * 8 * 3
     heads = 1 + model.mtp_depth
     # input and gradient of the head's chunks, and the head's fp32 gradient until it is added to the accumulator
     total += heads * (tokens * width * 2 * model.dim + 4 * model.vocab_size * model.dim)
@@ -94,7 +98,10 @@ def _attention_width(model: ModelConfig) -> int:
 def _workspace(config: TrainingConfig) -> int:
     model, width = config.model, _bytes(config)
     tokens = config.train.micro_batch_size * config.train.seq_len
-    logits = min(tokens * model.vocab_size, 1 << 28) * (4 + 4 + width) + 4 * model.vocab_size * model.dim
+    most = max(1, (1 << 29) // model.vocab_size)  # rows of a chunk, as nmoe.kernels.reference.cross_entropy has them
+    rows = min(tokens, 1 << (most.bit_length() - 1))
+    temporary = 4 if config.runtime.kernels == "reference" else 0
+    logits = rows * model.vocab_size * (4 + temporary + width) + 4 * model.vocab_size * model.dim
     experts = 0.0
     if model.has_moe:
         rows, hidden = tokens * (model.n_activated_experts or 0), model.moe_inter_dim or 0

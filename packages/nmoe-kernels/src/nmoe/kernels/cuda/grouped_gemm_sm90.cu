@@ -61,6 +61,7 @@ constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 
 static_assert(kParts <= 2, "a block has two halves");
 static_assert(TILE_N % 128 == 0, "a box holds 128 rows of weights");
+static_assert(EPILOGUE != SWIGLU || TILE_N == 256, "gate and up are a box each; chunks of staging alternate over tiles");
 
 struct Tile {
   int expert, first, rows, column;  // rows 0: there are no more tiles

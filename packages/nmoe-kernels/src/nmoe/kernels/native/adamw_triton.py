@@ -67,23 +67,24 @@ def adamw_(
     """Updates in place; see `nmoe.kernels.reference.adamw.adamw_` for the arguments."""
     n = weight.numel()
     split = residual is not None
-    _adamw_kernel[(triton.cdiv(n, _BLOCK),)](
-        weight.view(torch.int16) if split else weight,
-        residual if split else weight,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        grad_scale,
-        n,
-        1 - scalars.lr * scalars.weight_decay,
-        1 - scalars.beta1,
-        scalars.beta2,
-        1 - scalars.beta2,
-        scalars.eps,
-        scalars.step_size,
-        scalars.second_moment_scale,
-        SPLIT=split,
-        BLOCK=_BLOCK,
-        num_warps=8,
-        enable_fp_fusion=False,  # Triton 3.10 changes the default, and with it the bits of a resumed run
-    )
+    with torch.cuda.device_of(weight):
+        _adamw_kernel[(triton.cdiv(n, _BLOCK),)](
+            weight.view(torch.int16) if split else weight,
+            residual if split else weight,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            grad_scale,
+            n,
+            1 - scalars.lr * scalars.weight_decay,
+            1 - scalars.beta1,
+            scalars.beta2,
+            1 - scalars.beta2,
+            scalars.eps,
+            scalars.step_size,
+            scalars.second_moment_scale,
+            SPLIT=split,
+            BLOCK=_BLOCK,
+            num_warps=8,
+            enable_fp_fusion=False,  # Triton 3.10 changes the default, and with it the bits of a resumed run
+        )

@@ -85,16 +85,17 @@ def score_rows(
         _require("dlogits", dlogits_CV, (rows, vocab), torch.bfloat16, logits_CV)
     if rows == 0:
         return
-    _score_rows_kernel[(rows,)](
-        logits_CV,
-        target_C,
-        nll_C,
-        logits_CV if dlogits_CV is None else dlogits_CV,
-        vocab,
-        WITH_GRAD=dlogits_CV is not None,
-        **_SIZES,
-        **_OPTIONS,
-    )
+    with torch.cuda.device_of(logits_CV):
+        _score_rows_kernel[(rows,)](
+            logits_CV,
+            target_C,
+            nll_C,
+            logits_CV if dlogits_CV is None else dlogits_CV,
+            vocab,
+            WITH_GRAD=dlogits_CV is not None,
+            **_SIZES,
+            **_OPTIONS,
+        )
 
 
 def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, beside: torch.Tensor) -> None:

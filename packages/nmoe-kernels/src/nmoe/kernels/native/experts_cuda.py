@@ -175,9 +175,10 @@ def _target(weight: torch.Tensor) -> tuple[torch.Tensor | None, bool, bool]:
 
 def _check_accumulator(weight: torch.Tensor) -> None:
     into = accumulator_of(weight) if weight.requires_grad else None
-    if into is not None and (into.dtype != torch.float32 or not into.is_contiguous()):
+    if into is not None and (into.dtype != torch.float32 or not into.is_contiguous() or into.storage_offset() % 4):
         raise ShapeError(
-            f"expected a contiguous torch.float32 main_grad, found {into.dtype} with strides {into.stride()}: "
+            "expected a contiguous torch.float32 main_grad that starts at a multiple of 16 bytes, found "
+            f"{into.dtype} with strides {into.stride()} from element {into.storage_offset()} of its storage: "
             "allocate it with torch.empty_like(weight, dtype=torch.float32)"
         )
 

@@ -218,20 +218,21 @@ def _launch(
     batch, length, heads, width = like_BSHd.shape
     if batch * length == 0:
         return
-    kernel[(batch * length,)](
-        *tensors,
-        *strides,
-        length,
-        heads,
-        width - rope,
-        rope // 2,
-        value,
-        HEADS=_HEADS,
-        NOPE=triton.next_power_of_2(width - rope),
-        ROPE=triton.next_power_of_2(rope),
-        **constants,
-        **_OPTIONS,
-    )
+    with torch.cuda.device_of(like_BSHd):
+        kernel[(batch * length,)](
+            *tensors,
+            *strides,
+            length,
+            heads,
+            width - rope,
+            rope // 2,
+            value,
+            HEADS=_HEADS,
+            NOPE=triton.next_power_of_2(width - rope),
+            ROPE=triton.next_power_of_2(rope),
+            **constants,
+            **_OPTIONS,
+        )
 
 
 _SIZES = ("length", "heads", "nope", "half", "value")

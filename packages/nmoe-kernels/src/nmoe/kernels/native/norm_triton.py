@@ -89,7 +89,8 @@ class _RMSNorm(torch.autograd.Function):
         if out.numel():
             sizes = _sizes(width)
             grid = (triton.cdiv(n_rows, sizes["ROWS"]),)
-            _norm_kernel[grid](x_RD, weight, out, x_RD.stride(0), n_rows, width, eps, **sizes, **_OPTIONS)
+            with torch.cuda.device_of(x):
+                _norm_kernel[grid](x_RD, weight, out, x_RD.stride(0), n_rows, width, eps, **sizes, **_OPTIONS)
         return out
 
     @staticmethod
@@ -103,7 +104,8 @@ class _RMSNorm(torch.autograd.Function):
         dweight_PD = x.new_empty(programs, width, dtype=torch.float32)
         if programs:
             arguments = (dout, x_RD, weight, dx, dweight_PD, x_RD.stride(0), n_rows, width, ctx.eps)
-            _norm_backward_kernel[(programs,)](*arguments, **sizes, **_OPTIONS)
+            with torch.cuda.device_of(x):
+                _norm_backward_kernel[(programs,)](*arguments, **sizes, **_OPTIONS)
         return dx, deliver(weight, dweight_PD.sum(0)) if ctx.needs_input_grad[1] else None, None
 
 

@@ -94,7 +94,8 @@ def _turn(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: floa
     if out_BSHd.numel():
         sizes = (*x_BSHd.stride()[:3], length, heads, width // 2, sign)
         constants = {"HEADS": _HEADS, "WIDTH": triton.next_power_of_2(width)}
-        _turn_kernel[(batch * length,)](x_BSHd, cos, sin, out_BSHd, *sizes, **constants, **_OPTIONS)
+        with torch.cuda.device_of(x_BSHd):
+            _turn_kernel[(batch * length,)](x_BSHd, cos, sin, out_BSHd, *sizes, **constants, **_OPTIONS)
     return out_BSHd
 
 

@@ -121,9 +121,10 @@ def add_router_gradient(addend_TD: torch.Tensor, parts_T2E: torch.Tensor, weight
     out_TD = torch.empty_like(addend_TD)
     programs = triton.cdiv(n_tokens, tile.rows) * triton.cdiv(width, tile.cols)
     if programs:
-        _add_router_gradient_kernel[(programs,)](
-            addend_TD, parts_T2E, weight_ED, out_TD, n_tokens, width, n_experts, **tile.options()
-        )
+        with torch.cuda.device_of(addend_TD):
+            _add_router_gradient_kernel[(programs,)](
+                addend_TD, parts_T2E, weight_ED, out_TD, n_tokens, width, n_experts, **tile.options()
+            )
     return out_TD
 
 

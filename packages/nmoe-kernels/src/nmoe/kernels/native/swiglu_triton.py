@@ -84,7 +84,8 @@ def _launch(kernel: Any, like_TF: torch.Tensor, *tensors: torch.Tensor) -> None:
     hidden = like_TF.shape[-1]
     if like_TF.numel():
         grid = (like_TF.numel() // hidden, triton.cdiv(hidden, _BLOCK))
-        kernel[grid](*tensors, hidden, BLOCK=_BLOCK, **_OPTIONS)
+        with torch.cuda.device_of(like_TF):
+            kernel[grid](*tensors, hidden, BLOCK=_BLOCK, **_OPTIONS)
 
 
 def _ahead(name: str, function: str, *pointers: str) -> TritonKernel:
