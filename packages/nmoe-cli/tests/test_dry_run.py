@@ -11,6 +11,7 @@ from nmoe.cli.dry_run import print_dry_run
 from nmoe.cli.errors import ExitCode
 from nmoe.cli.units import format_bytes
 from nmoe.train.memory import predict_memory
+from nmoe.train.recompute import enough_layers, recompute_share, with_recomputed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -85,3 +86,83 @@ def test_n_train_tells_every_mistake_and_ends_with_2(n, config_file):
         f"  {path}:5: model.n_head: unknown key; did you mean model.n_heads?",
         "  --set train.step=3: train.step: unknown key; did you mean train.steps?",
     ]
+
+
+def row(table, label):
+    (line,) = [line for line in table.splitlines() if line.strip().startswith(label)]
+    return line.strip().removeprefix(label).strip()
+
+
+def test_nothing_is_said_of_recomputation_where_there_is_none(n, config_file):
+    outcome = n("train", config_file(), "--dry-run")
+    assert outcome.code == ExitCode.OK
+    assert "  recomputed" not in outcome.out
+    assert "remedy" not in outcome.out
+
+
+def test_recomputed_layers_tell_what_they_save_and_cost(n, config_file):
+    path = config_file(("n_layers = 2", "n_layers = 6"))
+    plain = predict_memory(load_config(path, (), environ={}).config)
+    outcome = n("train", path, "--dry-run", "--set", "train.recompute_layers=[0,4,1,2]")
+    assert outcome.code == ExitCode.OK
+    loaded, _, table = dry_run(path, "train.recompute_layers=[0,4,1,2]")
+    assert table in outcome.out
+    need = predict_memory(loaded.config)
+    words = row(table, "recomputed")
+    assert words.startswith(f"layers 0 to 2, 4: {format_bytes(plain.total - need.total)} less, ")
+    assert words.endswith(f"{recompute_share(loaded.config):.1%} more FLOPs a step")
+    assert format_bytes(need.total) == row(table, "in all")
+    compute = [line for line in table.splitlines() if line.startswith(("compute", "step"))]
+    _, _, without = dry_run(path)
+    assert compute == [line for line in without.splitlines() if line.startswith(("compute", "step"))], "not the model's"
+    _, _, table = dry_run(path, "train.recompute_layers=[3]")
+    assert row(table, "recomputed").startswith("layer 3: ")
+
+
+def test_what_does_not_fit_comes_with_the_layers_that_would_make_it_fit(n, monkeypatch, config_file):
+    path = config_file(("n_layers = 2", "n_layers = 6"))
+    config = load_config(path, (), environ={}).config
+    one, every = (predict_memory(with_recomputed(config, layers)).total for layers in ([1], range(6)))
+
+    def remedy(memory):
+        monkeypatch.setattr("nmoe.cli.dry_run.device_memory", lambda device: [("a device", memory)])
+        outcome = n("train", path, "--dry-run")
+        assert outcome.code == ExitCode.OK
+        return row(outcome.out.partition("== ")[2], "remedy")
+
+    (layer,) = enough_layers(config, one)
+    cost = f"{recompute_share(with_recomputed(config, [layer])):.1%} more FLOPs a step"
+    assert remedy(one) == f"train.recompute_layers = [{layer}]: {format_bytes(one)} in all, {cost}"
+    cost = f"{recompute_share(with_recomputed(config, range(6))):.1%} more FLOPs a step"
+    assert remedy(every) == f'train.recompute_layers = "all": {format_bytes(every)} in all, {cost}'
+    assert remedy(every - 1) == f'train.recompute_layers = "all" is not enough: {format_bytes(every)} in all'
+
+
+def test_a_remedy_fits_when_it_is_taken():
+    _, _, table = dry_run(CONFIGS / "moonlet.toml", "train.micro_batch_size=8")
+    lines = table.splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("NVIDIA H200")]
+    assert "too small by" in lines[at]
+    key, _, rest = lines[at + 1].strip().removeprefix("remedy").strip().partition(" = ")
+    layers = rest.partition(":")[0]
+    _, _, taken = dry_run(CONFIGS / "moonlet.toml", "train.micro_batch_size=8", f"{key}={layers}")
+    assert "to spare" in row(taken, "NVIDIA H200")
+    assert row(taken, "in all") == rest.partition(": ")[2].partition(" in all")[0]
+    assert row(taken, "recomputed").endswith(rest.rpartition(", ")[2])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("[2]", "train.recompute_layers: expected layers of the 2 (model.n_layers + model.mtp_depth) that there are"),
+        ("[0,0]", "found 0 more than once: leave out what is too much"),
+        ("some", """expected "all" or a list of layers such as [0, 1, 2], counted from 0, found 'some'"""),
+        ("[-1]", "found [-1]"),
+    ],
+)
+def test_layers_that_there_are_not_are_a_mistake_in_the_configuration(n, config_file, value, words):
+    outcome = n("train", config_file(), "--dry-run", "--set", f"train.recompute_layers={value}")
+    assert outcome.code == ExitCode.USAGE
+    assert "error: 1 mistake in the configuration" in outcome.err
+    assert words in outcome.err
+    assert f"--set train.recompute_layers={value}" in outcome.err

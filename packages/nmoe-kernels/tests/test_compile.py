@@ -4,11 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from nmoe.kernels.compile import main
 from nmoe.kernels.errors import KernelError
-from nmoe.kernels.reference.adamw import AdamWStep
-from nmoe.kernels.reference.master import split_master
 from nmoe.kernels.runtime import catalog
 from nmoe.kernels.runtime.cache import KernelCache
 from nmoe.kernels.runtime.catalog import cuda_sources, triton_kernels, unlisted_kernels
@@ -61,26 +58,6 @@ def test_every_triton_kernel_compiles_without_spills(kernel: TritonKernel, arch:
 
 def test_no_kernel_is_unlisted() -> None:
     assert unlisted_kernels(cuda_sources(), triton_kernels()) == []
-
-
-@pytest.mark.parametrize("split", [True, False], ids=["adamw_split", "adamw_plain"])
-def test_adamw_is_listed_as_it_is_launched(split: bool, launches_of) -> None:
-    from nmoe.kernels.native import adamw_triton
-
-    (listed,) = [k for k in triton_kernels() if k.name == f"adamw_{'split' if split else 'plain'}"]
-    names, launches = adamw_triton._adamw_kernel.arg_names, launches_of(adamw_triton, "_adamw_kernel")
-    weight, residual = split_master(torch.zeros(1 << 12)) if split else (torch.zeros(1 << 12), None)
-    m, v, grad = torch.zeros(3, 1 << 12)
-    step = AdamWStep(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=1)
-    adamw_triton.adamw_(weight, residual, grad, m, v, torch.ones(()), step)
-    pointers = {torch.float32: "*fp32", torch.int16: "*i16"}
-    types = [
-        pointers[x.dtype] if isinstance(x, torch.Tensor) else "i32" if isinstance(x, int) else "fp32"
-        for x in launches.args
-    ]
-    assert listed.signature == tuple(zip(names, types, strict=False))
-    assert dict(listed.constants) | dict(listed.options) == launches.options
-    assert [name for name, _ in listed.constants] == names[len(types) :]
 
 
 def make_package(folder: Path) -> Path:
@@ -185,15 +162,15 @@ def test_an_arch_without_kernels_is_refused_by_name(listed, arch: str, capsys) -
 
 
 def test_two_kernels_of_one_name_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(catalog, "_ADAMW_KERNELS", catalog._ADAMW_KERNELS[:1] * 2)
-    with pytest.raises(KernelError, match="more of adamw_split"):
+    monkeypatch.setattr(catalog, "_TRITON_MODULES", catalog._TRITON_MODULES[:1] * 2)
+    with pytest.raises(KernelError, match="more of "):
         triton_kernels()
 
 
 def test_a_triton_entry_that_does_not_fit_its_kernel_is_named(tmp_path: Path) -> None:
-    adamw = triton_kernels()[0]
+    right = triton_kernels()[0]
     wrong = TritonKernel(
-        "adamw_wrong", adamw.module, adamw.function, ARCHES, adamw.signature[:3], adamw.constants, options=adamw.options
+        "wrong", right.module, right.function, ARCHES, right.signature[:3], right.constants, options=right.options
     )
-    with pytest.raises(KernelError, match=r"'adamw_wrong'.*sm_90a"):
+    with pytest.raises(KernelError, match=r"'wrong'.*sm_90a"):
         compile_triton(wrong, "sm_90a", tmp_path)

@@ -8,6 +8,7 @@ import torch
 from nmoe.model.feed_forward import MixtureOfExperts, Mlp
 
 TOKENS_A_SEQUENCE = 5
+APPLIED, REFUSED = torch.ones((), dtype=torch.int32), torch.zeros((), dtype=torch.int32)
 
 
 def naive_mlp(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
@@ -89,22 +90,31 @@ def test_router_stays_in_float32_in_a_bfloat16_model(tiny, build) -> None:
     torch.testing.assert_close(logits.sigmoid().double(), exact, rtol=1e-5, atol=0)
 
 
-def test_load_counts_routed_rows_in_training_alone(tiny, build) -> None:
+def test_load_is_the_rows_routed_to_each_expert(tiny, build) -> None:
     config = tiny()
     layer, x = experts_layer(build, config), states(config)
-    rows = x.shape[0] * x.shape[1] * config.n_activated_experts
-    layer.eval()
-    layer(x)
-    assert not layer.router.load.any(), "evaluation is not counted"
-    layer.train()
     routed = []
     right = layer.ops.route
     layer.ops = replace(layer.ops, route=lambda *a, **k: routed.append(right(*a, **k)) or routed[0])
-    layer(x)
-    layer.ops = replace(layer.ops, route=right)
-    assert layer.router.load.tolist() == torch.bincount(routed[0].expert_TK.flatten(), minlength=6).tolist()
-    layer(x)
-    assert layer.router.load.sum() == 2 * rows, "micro-batches add up"
+    load_E = layer(x).load_E
+    assert load_E.tolist() == torch.bincount(routed[0].expert_TK.flatten(), minlength=6).tolist()
+    assert load_E.sum() == x.shape[0] * x.shape[1] * config.n_activated_experts
+    assert not layer.router.load.any(), "a layer counts nothing itself: it may run twice for one batch"
+
+
+def test_training_losses_count_the_loads_and_evaluations_do_not(tiny, build) -> None:
+    model = build(tiny())
+    token = torch.arange(16).view(2, 8) % 19
+    model.eval().score(token, token)
+    model.training_loss(token, 14)
+    assert not any(router.load.any() for _, router in model.routers()), "evaluation is not counted"
+    model.train().training_loss(token, 14)
+    rows = {name: 2 * 2 * (6 if "mtp.0" in name else 5 if "mtp.1" in name else 7) for name, _ in model.routers()}
+    assert {name: router.load.sum() for name, router in model.routers()} == rows
+    once = {name: router.load.clone() for name, router in model.routers()}
+    assert len({tuple(load.tolist()) for load in once.values()}) > 1, "each router has its own"
+    model.training_loss(token, 14)
+    assert all(torch.equal(router.load, 2 * once[name]) for name, router in model.routers()), "micro-batches add up"
 
 
 def test_bias_moves_by_the_sign_of_the_violation(tiny, build) -> None:
@@ -112,12 +122,16 @@ def test_bias_moves_by_the_sign_of_the_violation(tiny, build) -> None:
     router = experts_layer(build, tiny(router_bias_update_rate=0.01)).router
     router.bias.zero_()
     router.load.copy_(torch.tensor([40.0, 10.0, 20.0, 20.0, 19.0, 11.0]))  # mean 20
-    router.update_bias()
+    router.update_bias(APPLIED)
     torch.testing.assert_close(router.bias, torch.tensor([-0.01, 0.01, 0.0, 0.0, 0.01, 0.01]))
     assert not router.load.any(), "the next step counts anew"
     before = router.bias.clone()
-    router.update_bias()
+    router.update_bias(APPLIED)
     assert torch.equal(router.bias, before), "nothing was routed, nothing moves"
+    router.load.copy_(torch.tensor([40.0, 10.0, 20.0, 20.0, 19.0, 11.0]))
+    router.update_bias(REFUSED)
+    assert torch.equal(router.bias, before), "a step that is not applied moves nothing"
+    assert not router.load.any(), "nor does it count for the next one"
 
 
 def test_bias_updates_even_out_the_load(tiny, build) -> None:
@@ -128,9 +142,9 @@ def test_bias_updates_even_out_the_load(tiny, build) -> None:
         layer.router.weight[0] += x.flatten(0, 1).mean(0) * 20 + 0.5  # expert 0 is liked best
     worst = []
     for _ in range(60):
-        layer(x)
+        layer.router.load += layer(x).load_E
         worst.append(float(layer.router.load.max() / layer.router.load.mean()))
-        layer.router.update_bias()
+        layer.router.update_bias(APPLIED)
     assert worst[-1] < 1.3
     assert worst[-1] < worst[0]
 

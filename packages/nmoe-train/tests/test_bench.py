@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nmoe.train.bench import summarise
+from nmoe.train.bench import BenchError, main, summarise
 from nmoe.train.metrics import MetricsWriter
 
 GPU = {"name": "NVIDIA H200", "uuid": "GPU-0b1c-77", "memory.total": "143771 MiB", "driver_version": "570.1"}
@@ -81,3 +81,55 @@ def test_rates_are_medians_over_the_last_steps(tmp_path: Path) -> None:
     assert summary["perf/ms_step"] == 20.0
     assert summary["steps"] == 4
     assert summary["train/loss"]["1"] == 4.0
+
+
+def test_medians_over_more_steps_than_there_are_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", ["n", "train"], "cpu")
+    assert summarise(run, 4)["medians_over_last_steps"] == 4
+    with pytest.raises(BenchError, match=r"at least 5 recorded steps.*found 4"):
+        summarise(run, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing"], "missing: expected a configuration (.toml) or the folder of a run, found nothing there"),
+        (["missing.toml"], "found nothing there"),
+        (["notes.txt"], "found a file of another kind there"),
+        (["other"], "found another folder there"),
+        (["run"], "expected at least 100 recorded steps, for medians over so many, found 4: a smaller --last"),
+        (["run", "--last", "4", "--steps", "4"], "expected --steps and --set with a configuration alone, found a run"),
+        (["run", "--last", "4", "--set", "train.steps=5"], "expected --steps and --set with a configuration alone"),
+        (["small.toml", "--steps", "20", "--last", "21"], "expected --last of at most the 20 --steps, found 21"),
+        (["small.toml", "--last", "201"], "expected --last of at most the 200 --steps, found 201"),
+        (["small.toml", "--steps", "0"], "expected a number of steps, found '0'"),
+        (["run", "--last", "-1"], "expected a number of steps, found '-1'"),
+        (["run", "--last", "4", "--output", "no/result.json"], "--output no/result.json: expected an existing folder"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "run", ["n", "train"], "cpu")
+    (tmp_path / "small.toml").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "other").mkdir()
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said.out == ""
+    assert message in said.err
+
+
+def test_the_result_goes_to_the_file_that_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", ["n", "train"], "cpu")
+    main([str(run), "--last", "3", "--output", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text())["perf/ms_step"] == 20.0
+    assert capsys.readouterr().out == ""

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nmoe.train.health import layer_label, router_health
+from nmoe.train.health import health_tags, layer_label, router_figures
 
 
 def model(*loads, bias=(0.0, 0.0, 0.0, 0.0)):
@@ -12,6 +12,10 @@ def model(*loads, bias=(0.0, 0.0, 0.0, 0.0)):
         for i, load in enumerate(loads)
     ]
     return SimpleNamespace(routers=lambda: iter(routers))
+
+
+def router_health(model):
+    return health_tags(model, router_figures(model).flatten().tolist())
 
 
 def test_an_even_load_is_perfect():

@@ -14,7 +14,7 @@ from nmoe.kernels.reference.master import join_master
 from nmoe.model.transformer import Transformer
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
 from nmoe.train.errors import IdentityMismatchError, NonFiniteError
-from nmoe.train.loop import train
+from nmoe.train.loop import STEPS_LATE, train
 from nmoe.train.metrics import read_metrics
 from nmoe.train.protocols import RunStart, StepReport
 from nmoe.train.run_folder import RunFolder
@@ -234,28 +234,50 @@ def test_evaluation_moves_neither_loads_nor_biases(tmp_path):
     assert digest(plain) == digest(measured)
 
 
+@pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_non_finite_step_is_not_applied_and_says_where(tmp_path, monkeypatch, what):
-    original, calls = Transformer.training_loss, iter(range(100))
+def test_a_non_finite_step_is_not_applied_and_says_where(tmp_path, monkeypatch, what, late):
+    """Nor is any step after it, though the host learns of it late."""
+    original, config = Transformer.training_loss, tiny_config(checkpoint={"every": 1, "keep": 10})
+    poison = torch.from_numpy(RandomTokens(config.model.vocab_size, config.train.seq_len).batch(10, 2))
 
-    def poisoned(self, sample, n_tokens):
-        loss = original(self, sample, n_tokens)
-        if next(calls) != 5:  # step 3, second micro-batch
+    def poisoned(self, sample, n_tokens, **options):
+        loss = original(self, sample, n_tokens, **options)
+        if not torch.equal(sample, poison):  # step 3, second micro-batch
             return loss
         if what == "loss":
             return loss._replace(total=loss.total * float("nan"), next_token=loss.next_token * float("nan"))
         return loss._replace(total=loss.total + _infinite_gradient(self.norm.weight))
 
     monkeypatch.setattr(Transformer, "training_loss", poisoned)
-    config = tiny_config(checkpoint={"every": 1, "keep": 10})
+    monkeypatch.setitem(STEPS_LATE, "cpu", late)
+    if late:
+        config = tiny_config(checkpoint={"every": 2, "keep": 10})  # none between the bad step and its discovery
+    recorder = Recorder()
     with pytest.raises(NonFiniteError, match=f"step 3: .* in the {what}") as caught:
-        run_training(tmp_path, config=config)
+        run_training(tmp_path, config=config, recorder=recorder)
     run = RunFolder(tmp_path, "run")
-    assert [step_of(path) for path in list_complete(run.checkpoints)] == [1, 2]
+    assert [step_of(path) for path in list_complete(run.checkpoints)] == ([2] if late else [1, 2])
+    assert [report.step for report in recorder.steps] == [1, 2]
     if what == "loss":
         assert "micro-batch 1, samples 10 to 11" in str(caught.value)
     else:
-        assert "of norm.weight" in str(caught.value)
+        assert "of norm.weight." in str(caught.value)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_reading_a_step_late_changes_nothing(tmp_path, monkeypatch, every):
+    config = tiny_config(checkpoint={"every": every, "keep": 10})
+    prompt, recorders = [], []
+    for late in (0, 1):
+        monkeypatch.setitem(STEPS_LATE, "cpu", late)
+        recorders.append(Recorder())
+        run, outcome = run_training(tmp_path, f"late{late}", config=config, recorder=recorders[-1])
+        prompt.append((digest(run), outcome, [(r.step, r.loss, r.grad_norm, r.lr) for r in recorders[-1].steps]))
+    assert prompt[0] == prompt[1]
+    for recorder in recorders:
+        for step in recorder.checkpoints:
+            assert recorder.events.index(f"step {step}") < recorder.events.index(f"checkpoint {step}")
 
 
 def _infinite_gradient(weight):

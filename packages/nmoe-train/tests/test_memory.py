@@ -8,7 +8,7 @@ from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport
 from nmoe.train.gradients import Gradients
 from nmoe.train.memory import predict_memory
-from nmoe.train.optim import Optimizer
+from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.schema import TrainingConfig
 
 
@@ -46,8 +46,9 @@ def test_state_is_predicted_to_the_byte(precision, optimizer, mtp_depth):
     settings = config(precision, optimizer, mtp_depth=mtp_depth)
     model, ops = build(settings)
     parameters = dict(model.named_parameters())
-    state = Optimizer(parameters, settings.optim, ops).state
-    gradients = Gradients(parameters.items()).by_name
+    flat = flatten(parameters, settings.optim)
+    state = Optimizer(flat, settings.optim, ops).state
+    gradients = Gradients(flat, ops).by_name
     need = predict_memory(settings)
     residuals = sum(tensor.nbytes for name, tensor in state.items() if name.endswith("/residual"))
     assert need.parameters == sum(p.nbytes for p in parameters.values()) + residuals

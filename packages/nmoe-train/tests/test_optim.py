@@ -4,12 +4,15 @@ import pytest
 import torch
 from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference.master import join_master
-from nmoe.train.optim import Optimizer, group_settings
+from nmoe.train import optim
+from nmoe.train.gradients import Gradients
+from nmoe.train.optim import MUON_RMS, Optimizer, flatten, group_settings, muon_batches
 from nmoe.train.schema import OptimConfig
 from torch import nn
 
 STEPS = 8
 ONE = torch.tensor(1.0)
+OK, NOT_OK = (torch.tensor(word, dtype=torch.int32) for word in (1, 0))
 
 
 def config(**keys):
@@ -40,11 +43,31 @@ def gradients(step):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes().items()}
 
 
-def run(ours, settings, lr_factor=1.0):
-    optimizer = Optimizer(ours, settings, select_ops("reference", "cpu"))
+class Run:
+    """An optimizer and the accumulators that it reads."""
+
+    def __init__(self, ours, settings):
+        ops, flat = select_ops("reference", "cpu"), flatten(ours, settings)
+        self.accumulated, self.optimizer = Gradients(flat, ops), Optimizer(flat, settings, ops)
+        self.groups = flat.groups
+
+    def step(self, grads, step=1, lr_factor=1.0, grad_scale=ONE, ok=OK):
+        for name, grad in self.accumulated.by_name.items():
+            grad.copy_(grads[name])
+        self.optimizer.set_step(step=step, lr_factor=lr_factor)
+        self.optimizer.step(self.accumulated, grad_scale=grad_scale, ok=ok)
+
+    def buffers(self):
+        """All that an update may change, flat."""
+        held = [tensor for group in self.optimizer._groups for tensor in (group.residual, *group.moments.values())]
+        return [group.weight for group in self.groups] + [tensor for tensor in held if tensor is not None]
+
+
+def run(ours, settings):
+    whole = Run(ours, settings)
     for step in range(1, STEPS + 1):
-        optimizer.step(gradients(step), step=step, lr_factor=lr_factor, grad_scale=ONE)
-    return optimizer
+        whole.step(gradients(step), step)
+    return whole.optimizer
 
 
 def run_torch(theirs, make):
@@ -118,8 +141,7 @@ def test_gate_and_up_are_orthogonalised_apart():
     settings = config(expert_optimizer="muon", weight_decay=0.0)
     ours = parameters()
     before = ours["layers.0.ffn.experts.w13"].detach().clone()
-    run_one = Optimizer(ours, settings, select_ops("reference", "cpu"))
-    run_one.step(gradients(1), step=1, lr_factor=1.0, grad_scale=ONE)
+    Run(ours, settings).step(gradients(1))
     update = ours["layers.0.ffn.experts.w13"].detach() - before
     for expert in update:
         for matrix in expert:
@@ -130,8 +152,8 @@ def test_gate_and_up_are_orthogonalised_apart():
 
 def test_embedding_head_norms_and_router_stay_on_adamw():
     settings = config(dense_optimizer="muon", expert_optimizer="muon")
-    optimizer = Optimizer(parameters(), settings, select_ops("reference", "cpu"))
-    on_muon = {name for names in optimizer.muon_batches for name in names}
+    state = Run(parameters(), settings).optimizer.state
+    on_muon = {name.removesuffix("/momentum") for name in state if name.endswith("/momentum")}
     assert on_muon == {name for name in shapes() if "attn.w" in name or "experts" in name}
     assert {group_settings(settings, role).kind for role in ("embed", "norm", "router")} == {"adamw"}
 
@@ -150,8 +172,196 @@ def test_bf16_weights_move_exactly_as_fp32_masters_do(kind):
 
 def test_grad_scale_is_a_factor_on_every_gradient():
     scaled, plain = parameters(), parameters()
-    ops, settings = select_ops("reference", "cpu"), config(dense_optimizer="muon")
-    Optimizer(scaled, settings, ops).step(gradients(1), step=1, lr_factor=1.0, grad_scale=torch.tensor(0.5))
-    halves = {name: grad * 0.5 for name, grad in gradients(1).items()}
-    Optimizer(plain, settings, ops).step(halves, step=1, lr_factor=1.0, grad_scale=ONE)
+    settings = config(dense_optimizer="muon")
+    Run(scaled, settings).step(gradients(1), grad_scale=torch.tensor(0.5))
+    Run(plain, settings).step({name: grad * 0.5 for name, grad in gradients(1).items()})
     assert all(torch.equal(scaled[name], plain[name]) for name in scaled)
+
+
+def bits(tensors):
+    return [tensor.detach().clone().view(torch.uint8) for tensor in tensors]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1.0])
+def test_without_ok_no_bit_of_weights_and_state_changes(kind, dtype, bad):
+    whole = Run(parameters(dtype), config(dense_optimizer=kind, expert_optimizer=kind))
+    whole.step(gradients(1), 1)
+    before = bits(whole.buffers())
+    poisoned = {name: torch.full_like(grad, bad) for name, grad in gradients(2).items()}
+    whole.step(poisoned, 2, grad_scale=torch.tensor(bad), ok=NOT_OK)
+    assert same(bits(whole.buffers()), before)
+    whole.step(gradients(2), 2)
+    assert not any(torch.equal(a, b) for a, b in zip(bits(whole.buffers()), before, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_refused_step_leaves_no_trace(kind):
+    """Not even in a later update: as if it had never been made."""
+    settings = config(dense_optimizer=kind, expert_optimizer=kind)
+    twice, once = Run(parameters(torch.bfloat16), settings), Run(parameters(torch.bfloat16), settings)
+    twice.step({name: grad * torch.nan for name, grad in gradients(5).items()}, 1, ok=NOT_OK)
+    for whole in (twice, once):
+        whole.step(gradients(1), 1)
+    assert same(bits(twice.buffers()), bits(once.buffers()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_flat_updates_equal_updates_one_by_one(kind, dtype):
+    """AdamW bit for bit; Muon but for the order of sums in products of many matrices and of few."""
+    settings = config(dense_optimizer=kind, expert_optimizer=kind)
+    alone = {}
+    for name, parameter in parameters(dtype).items():
+        run_of_one = Run({name: parameter}, settings)
+        for step in (1, 2):
+            run_of_one.step({name: gradients(step)[name]}, step)
+        alone |= {name: parameter} | run_of_one.optimizer.state
+    together = parameters(dtype)
+    whole = Run(together, settings)
+    for step in (1, 2):
+        whole.step(gradients(step), step)
+    found = together | whole.optimizer.state
+    assert found.keys() == alone.keys()
+    for name, expected in alone.items():
+        if kind == "adamw" or name.endswith("/momentum"):
+            assert torch.equal(found[name], expected), name
+        elif not name.endswith("/residual"):
+            torch.testing.assert_close(found[name].float(), expected.float(), rtol=2**-7, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_padding_stays_zero(kind):
+    ours = parameters(torch.bfloat16)
+    whole = Run(ours, config(dense_optimizer=kind, expert_optimizer=kind))
+    for step in (1, 2, 3):
+        whole.step(gradients(step), step)
+    inside = sum(p.count_nonzero() for p in ours.values()) + sum(
+        tensor.count_nonzero() for tensor in whole.optimizer.state.values()
+    )
+    assert sum(buffer.count_nonzero() for buffer in whole.buffers()) == inside
+    assert sum(buffer.numel() for buffer in whole.buffers()) > sum(
+        tensor.numel() for tensor in (*ours.values(), *whole.optimizer.state.values())
+    )
+
+
+def test_state_has_the_names_shapes_and_dtypes_of_checkpoints():
+    ours = parameters(torch.bfloat16)
+    ours["layers.0.ffn.router.weight"] = nn.Parameter(torch.randn(4, 8))
+    state = Run(ours, config(expert_optimizer="muon")).optimizer.state
+    expected = {}
+    for name, shape in shapes().items():
+        if "router" not in name:
+            expected[f"{name}/residual"] = (shape, torch.int16)
+        for kind in ("momentum",) if "experts" in name else ("exp_avg", "exp_avg_sq"):
+            expected[f"{name}/{kind}"] = (shape, torch.float32)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == expected
+    assert list(state) == list(expected), "in the parameters' order"
+    assert not any(tensor.any() for tensor in state.values())
+
+
+def test_state_and_weights_are_what_the_update_reads():
+    """Restoring copies into them."""
+    settings = config(expert_optimizer="muon")
+    first, second = Run(parameters(torch.bfloat16), settings), Run(parameters(torch.bfloat16), settings)
+    first.step(gradients(1), 1)
+    for name, parameter in second.optimizer.parameters.items():
+        parameter.data.copy_(first.optimizer.parameters[name])
+    for name, tensor in second.optimizer.state.items():
+        tensor.copy_(first.optimizer.state[name])
+    for whole in (first, second):
+        whole.step(gradients(2), 2)
+    assert same(bits(first.buffers()), bits(second.buffers()))
+
+
+def test_rates_are_those_of_the_last_set_step():
+    whole = Run(parameters(), config(dense_optimizer="muon", expert_optimizer="muon"))
+    whole.optimizer.set_step(step=3, lr_factor=0.5)
+    rows = [row for group in whole.optimizer._groups for row in group.scalars(whole.optimizer.config, 3, 0.5)]
+    assert torch.equal(whole.optimizer._scalars, torch.tensor(rows))
+    experts = [row for group in whole.groups if group.key.lr == 2e-3 for row in rows if row[0] == 1 - 1e-3 * 0.1]
+    assert experts
+    assert all(row[1] == pytest.approx(1e-3 * MUON_RMS * 8**0.5) for row in experts)
+
+
+def test_muon_takes_equal_matrices_together_in_even_batches(monkeypatch):
+    shape_of = {"layers.0.ffn.experts.w13": (5, 2, 8, 16), "layers.1.ffn.experts.w13": (5, 2, 8, 16)}
+    shape_of |= {"layers.0.ffn.experts.w2": (5, 16, 8), "layers.1.attn.wq.weight": (3, 5)}
+    ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shape_of.items()}
+    settings = config(dense_optimizer="muon", expert_optimizer="muon", lr_expert=3e-3, beta2_expert=0.95)
+    (group,) = flatten(ours, settings).groups
+    assert sorted(batch.shape for batch in muon_batches(group)) == [(1, 3, 5), (5, 16, 8), (20, 8, 16)]
+
+    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 7 * 8 * 16)
+    batches = muon_batches(group)
+    assert sorted(batch.shape for batch in batches) == [(1, 3, 5), (5, 16, 8), (6, 8, 16), (7, 8, 16), (7, 8, 16)]
+    covered = group.zeros(torch.int32)
+    for batch in batches:
+        batch.view(covered).add_(1)
+    assert all(group.view(covered, name).eq(1).all() for name in ours)
+    assert covered.sum() == sum(p.numel() for p in ours.values())
+
+    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 1)
+    assert {batch.shape[0] for batch in muon_batches(group)} == {1}, "one matrix is always taken"
+
+
+@pytest.mark.parametrize(("size", "each"), [((3, 5), 8), ((3, 6), 4), ((6, 6), 2), ((2, 4), 1)])
+def test_batches_start_where_kernels_can_read(size, each, monkeypatch):
+    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 1)
+    ours = {"layers.0.ffn.experts.w2": nn.Parameter(torch.randn(19, *size))}
+    (group,) = flatten(ours, config(expert_optimizer="muon")).groups
+    batches = muon_batches(group)
+    assert [batch.shape[0] for batch in batches] == [each] * (19 // each) + [19 % each] * (19 % each > 0)
+    assert all(batch.start % 8 == 0 for batch in batches)
+
+
+def test_bounded_batches_change_no_update(monkeypatch):
+    """But for the order of a product's sums."""
+    settings = config(dense_optimizer="muon", expert_optimizer="muon")
+    whole, bounded = parameters(), parameters()
+    run(whole, settings)
+    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 100)
+    run(bounded, settings)
+    for name in whole:
+        torch.testing.assert_close(bounded[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, found none")
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_captured_update_is_driven_from_device_memory(kind):
+    """Replays give the bits of eager updates, whatever the step, the rate and `ok`; copies in flight are not lost."""
+    settings = config(dense_optimizer=kind, expert_optimizer=kind)
+    runs = []
+    for graph in (False, True):
+        ours = {name: nn.Parameter(p.data.cuda()) for name, p in parameters(torch.bfloat16).items()}
+        flat, ops = flatten(ours, settings), select_ops("native", "cuda")
+        accumulated, optimizer = Gradients(flat, ops), Optimizer(flat, settings, ops)
+        ok = torch.ones((), dtype=torch.int32, device="cuda")
+        scale = torch.ones((), device="cuda")
+
+        def update(optimizer=optimizer, accumulated=accumulated, scale=scale, ok=ok):
+            optimizer.step(accumulated, grad_scale=scale.div(accumulated.norm()), ok=ok)
+
+        replay = update
+        if graph:
+            ok.zero_()
+            optimizer.set_step(step=1, lr_factor=1.0)
+            update()
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                update()
+            replay = captured.replay
+        for step in range(1, STEPS + 1):
+            for name, grad in accumulated.by_name.items():
+                grad.copy_(gradients(step)[name])
+            ok.fill_(step != 3)
+            optimizer.set_step(step=step, lr_factor=1 / step)
+            replay()
+        runs.append([group.weight for group in flat.groups] + list(optimizer.state.values()))
+    assert same(bits(runs[0]), bits(runs[1]))

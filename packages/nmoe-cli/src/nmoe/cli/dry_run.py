@@ -1,13 +1,16 @@
 """What a run would be and need, told without a GPU: `n train --dry-run`."""
 
 import os
+from collections.abc import Sequence
 
 from nmoe.cli.config import LoadedConfig
 from nmoe.cli.console import print_line, print_summary
-from nmoe.cli.toml_writer import dump_toml
+from nmoe.cli.toml_writer import dump_toml, toml_value
 from nmoe.cli.units import format_bytes, format_count, format_flops
 from nmoe.model.count import count_parameters, flops_per_token
 from nmoe.train.memory import predict_memory
+from nmoe.train.recompute import enough_layers, recompute_share, with_recomputed
+from nmoe.train.schema import TrainingConfig
 from rich.console import Console
 
 
@@ -34,11 +37,49 @@ def print_dry_run(console: Console, loaded: LoadedConfig) -> None:
         ("  workspace", format_bytes(need.workspace)),
         ("  in all", format_bytes(need.total)),
     ]
+    if config.recomputed_layers:
+        rows.append(("  recomputed", _recomputed(config, need.total)))
     for name, memory in device_memory(config.runtime.device):
         spare = memory - need.total
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"too small by {format_bytes(-spare)}"
         rows.append((name, f"{format_bytes(memory)}: {verdict}"))
+        if spare < 0:
+            rows.append(("  remedy", _remedy(config, memory)))
     print_summary(console, "Dry run: nothing was written", rows)
+
+
+def _recomputed(config: TrainingConfig, need: int) -> str:
+    """What the layers that are computed again save and cost."""
+    saved = predict_memory(with_recomputed(config, ())).total - need
+    return f"{_layers(config.recomputed_layers)}: {format_bytes(saved)} less, {_cost(config)}"
+
+
+def _remedy(config: TrainingConfig, memory: int) -> str:
+    """What to recompute on a device whose memory the need exceeds."""
+    every = range(config.model.n_layers + config.model.mtp_depth)
+    enough = enough_layers(config, memory)
+    if enough is None:
+        least = predict_memory(with_recomputed(config, every)).total
+        return f'train.recompute_layers = "all" is not enough: {format_bytes(least)} in all'
+    other = with_recomputed(config, enough)
+    value = '"all"' if len(enough) == len(every) else toml_value(enough)
+    return f"train.recompute_layers = {value}: {format_bytes(predict_memory(other).total)} in all, {_cost(other)}"
+
+
+def _cost(config: TrainingConfig) -> str:
+    return f"{recompute_share(config):.1%} more FLOPs a step"
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """`layers 0 to 3, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(words)}"
 
 
 def device_memory(device: str) -> list[tuple[str, int]]:

@@ -1,6 +1,6 @@
 """The table of ops that a model and a trainer call, and the one place that chooses the tier."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -40,6 +40,14 @@ class Ops:
     """`cross_entropy`: rows, head and targets to the sum of the rows' losses."""
     adamw_: Callable[..., None]
     """`adamw`"""
+    global_norm: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    """`global_norm`"""
+    muon_momentum_: Callable[..., torch.Tensor]
+    """`muon`: gradient and momentum to what is orthogonalised."""
+    newton_schulz: Callable[..., torch.Tensor]
+    """`newton_schulz`"""
+    muon_apply_: Callable[..., None]
+    """`muon`: the orthogonalised update into the weight."""
 
 
 def select_ops(tier: Tier, device: torch.device | str) -> Ops:
@@ -69,8 +77,11 @@ def _reference_ops() -> Ops:
     from nmoe.kernels.reference.attention import attention
     from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
     from nmoe.kernels.reference.experts import GroupedGemms, experts
+    from nmoe.kernels.reference.global_norm import global_norm
     from nmoe.kernels.reference.grouped_gemm import grouped_gemm, grouped_wgrad
     from nmoe.kernels.reference.mla import mla_heads
+    from nmoe.kernels.reference.muon import muon_apply_, muon_momentum_
+    from nmoe.kernels.reference.newton_schulz import newton_schulz
     from nmoe.kernels.reference.norm import rms_norm
     from nmoe.kernels.reference.rope import rope
     from nmoe.kernels.reference.routing import index_rows, route
@@ -88,14 +99,21 @@ def _reference_ops() -> Ops:
         swiglu=swiglu,
         linear_cross_entropy=linear_cross_entropy,
         adamw_=adamw_,
+        global_norm=global_norm,
+        muon_momentum_=muon_momentum_,
+        newton_schulz=newton_schulz,
+        muon_apply_=muon_apply_,
     )
 
 
 def _native_ops(arch: str) -> Ops:
-    from nmoe.kernels.native.adamw_triton import adamw_
-    from nmoe.kernels.native.attention_cudnn import attention
+    from nmoe.kernels.native.adamw_cuda import adamw_
+    from nmoe.kernels.native.attention import attention
     from nmoe.kernels.native.cross_entropy_triton import score_rows
+    from nmoe.kernels.native.global_norm_cuda import global_norm
     from nmoe.kernels.native.mla_triton import mla_heads
+    from nmoe.kernels.native.muon_cuda import muon_apply_, muon_momentum_
+    from nmoe.kernels.native.newton_schulz_triton import newton_schulz
     from nmoe.kernels.native.norm_triton import rms_norm
     from nmoe.kernels.native.rope_triton import rope
     from nmoe.kernels.native.routing_cuda import index_rows, route
@@ -114,6 +132,10 @@ def _native_ops(arch: str) -> Ops:
         swiglu=swiglu,
         linear_cross_entropy=partial(linear_cross_entropy, score_rows=score_rows),
         adamw_=adamw_,
+        global_norm=global_norm,
+        muon_momentum_=muon_momentum_,
+        newton_schulz=newton_schulz,
+        muon_apply_=muon_apply_,
     )
 
 

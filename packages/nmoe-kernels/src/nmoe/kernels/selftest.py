@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.ops import Ops, select_ops
-from nmoe.kernels.reference.adamw import AdamWStep
+from nmoe.kernels.reference.adamw import adamw_scalars
+from nmoe.kernels.reference.master import join_master, split_master
+from nmoe.kernels.reference.newton_schulz import COEFFICIENTS, EPS
 from nmoe.kernels.router import router_logits
 
 _TOKENS, _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 333, 128, 192, 9, 3
@@ -257,18 +259,52 @@ def _check_cross_entropy(setting: Setting) -> Iterator[Finding]:
 def _check_adamw(setting: Setting) -> Iterator[Finding]:
     n, device = 4097, setting.device
     weight, moments = torch.randn(n).to(device), [torch.zeros(n, device=device) for _ in range(2)]
+    ok = torch.ones((), dtype=torch.int32, device=device)
     before = weight.double().cpu()
     exact, mean, square = before.clone(), torch.zeros(n).double(), torch.zeros(n).double()
     for step in range(1, 4):
-        scalars = AdamWStep(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=step)
+        numbers = adamw_scalars(lr=3e-3, beta1=0.9, beta2=0.95, weight_decay=0.1, step=step)
+        scalars, scale = torch.tensor(numbers, device=device), torch.tensor(0.37, device=device)
         grad = torch.randn(n)
-        setting.ops.adamw_(weight, None, grad.to(device), *moments, torch.tensor(0.37, device=device), scalars)
+        state = (weight, None, grad.to(device), *moments)
+        setting.ops.adamw_(*state, scale, ok, scalars, beta1=0.9, beta2=0.95, eps=1e-8)
         scaled = grad.double() * 0.37
         mean, square = mean * 0.9 + scaled * 0.1, square * 0.95 + scaled**2 * 0.05
         update = (mean / (1 - 0.9**step)) / ((square / (1 - 0.95**step)).sqrt() + 1e-8)
         exact = exact * (1 - 3e-4) - 3e-3 * update
     yield compare("weight", weight, exact, 2.0**-21)  # three roundings of 2⁻²⁴ to each weight
     yield compare("change of weight", weight.double().cpu() - before, exact - before, 2.0**-14)
+
+
+def _check_muon(setting: Setting) -> Iterator[Finding]:
+    ops, device, sizes = setting.ops, setting.device, (3, 96, 160)
+    ok, scale = torch.ones((), dtype=torch.int32, device=device), torch.tensor(0.37, device=device)
+    grad, momentum, master = (torch.randn(sizes) for _ in range(3))
+    weight, residual = (tensor.to(device) for tensor in split_master(master))
+    given, moved = grad.to(device), momentum.to(device)
+    yield compare("norm", ops.global_norm([given, moved]), torch.cat((grad, momentum)).double().norm(), 2.0**-20)
+
+    exact = momentum.double() * 0.95 + grad.double() * 0.37 * 0.05
+    ahead = ops.muon_momentum_(given, moved, scale, ok, beta=0.95)
+    yield compare("momentum", moved, exact, 2.0**-20)
+    yield compare("ahead", ahead, exact * 0.95 + grad.double() * 0.37 * 0.05, setting.rounding)
+
+    update = ops.newton_schulz(ahead, steps=5)
+    yield compare("update", update, _five_steps(ahead.double().cpu()), 10 * setting.rounding)
+
+    ops.muon_apply_(weight, residual, update, ok, torch.tensor([0.99, 0.02], device=device))
+    applied = master.double() * 0.99 - update.double().cpu() * 0.02
+    yield compare("weight", join_master(weight, residual), applied, 2.0**-21)
+
+
+def _five_steps(matrices: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz by its polynomial of the singular values."""
+    u, sigma, vh = torch.linalg.svd(matrices, full_matrices=False)
+    sigma = sigma / (sigma.norm(dim=-1, keepdim=True) + EPS)
+    a, b, c = COEFFICIENTS
+    for _ in range(5):
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    return u * sigma[:, None] @ vh
 
 
 CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
@@ -279,6 +315,7 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "mla_heads": _check_mla_heads,
     "cross_entropy": _check_cross_entropy,
     "adamw": _check_adamw,
+    "muon": _check_muon,
 }
 """By op; each draws from the generator that `main` has seeded."""
 

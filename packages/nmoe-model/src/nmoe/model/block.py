@@ -30,10 +30,10 @@ class Block(nn.Module):
             self.ffn = MixtureOfExperts(config, ops, transport)
 
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> MoeOutput:
-        """The residual stream after this block, and the block's balance loss."""
+        """The residual stream after this block, and what its router tells."""
         x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, cache)
         normed = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, Mlp):
-            return MoeOutput(x_BSD + self.ffn(normed), None)
+            return MoeOutput(x_BSD + self.ffn(normed))
         out = self.ffn(normed)
-        return MoeOutput(x_BSD + out.out_BSD, out.balance)
+        return out._replace(out_BSD=x_BSD + out.out_BSD)

@@ -104,17 +104,17 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward per predicted token: `6 · N_active` plus causal attention; MTP is not counted.
+    """FLOPs of forward and backward per predicted token: `6 · N_active` plus causal attention; MTP is not counted."""
+    attention = sum(3 * attention_flops(config, layer, seq_len) for layer in range(config.n_layers))
+    return 6.0 * count_parameters(config).active + attention
 
-    A global layer's token sees half the sequence on average, a local one's at most its window.
-    """
+
+def attention_flops(config: ModelConfig, layer: int, seq_len: int) -> float:
+    """FLOPs of a layer's causal attention, forward, per token. A global layer's token sees half the sequence on
+    average, a local one's at most its window."""
     if config.attn == "mla":
         widths = (config.qk_nope_head_dim or 0) + (config.qk_rope_head_dim or 0) + (config.v_head_dim or 0)
     else:
         widths = 2 * (config.head_dim or 0)
-    attention = 0.0
-    for layer in range(config.n_layers):
-        window = min(config.attn_local_window or seq_len, seq_len) if config.is_local(layer) else seq_len
-        mean_keys = window * (1 - window / (2 * seq_len))
-        attention += 3 * 2 * config.n_heads * widths * mean_keys
-    return 6.0 * count_parameters(config).active + attention
+    window = min(config.attn_local_window or seq_len, seq_len) if config.is_local(layer) else seq_len
+    return 2 * config.n_heads * widths * window * (1 - window / (2 * seq_len))

@@ -42,6 +42,7 @@ class Router(nn.Module):
 
     bias: torch.Tensor
     load: torch.Tensor
+    """Rows that each expert got in the training losses since the last `update_bias`."""
 
     def __init__(self, config: ModelConfig, n_experts: int) -> None:
         super().__init__()
@@ -56,18 +57,26 @@ class Router(nn.Module):
         return router_logits_and_tokens(x_TD, self.weight)
 
     @torch.no_grad()
-    def update_bias(self) -> None:
-        """One aux-loss-free step (arXiv:2408.15664): underloaded experts up, overloaded down; the load starts anew."""
-        self.bias.add_(torch.sign(self.load.mean() - self.load), alpha=self.config.router_bias_update_rate)
+    def update_bias(self, ok: torch.Tensor) -> None:
+        """One aux-loss-free step (arXiv:2408.15664): underloaded experts up, overloaded down; the load starts anew.
+
+        Args:
+            ok: int32 scalar on the router's device; 0 leaves the bias as it is.
+        """
+        direction_E = torch.sign(self.load.mean() - self.load)
+        self.bias.add_(direction_E * ok, alpha=self.config.router_bias_update_rate)
         self.load.zero_()
 
 
 class MoeOutput(NamedTuple):
-    """A feed-forward part's output and its balance loss."""
+    """What a layer gives: its output, and what its router adds to loss and load. Both are None without experts."""
 
     out_BSD: torch.Tensor
-    balance: torch.Tensor | None
-    """Sum over sequences of the weighted balance losses; None where the config asks for none."""
+    balance: torch.Tensor | None = None
+    """Sum over sequences of the weighted balance losses; None where the config asks for none, and in evaluation."""
+    load_E: torch.Tensor | None = None
+    """Rows routed to each expert, int32. Whoever runs the layer counts them: a layer that is computed a second time for
+    its backward must not count them twice."""
 
 
 class MixtureOfExperts(nn.Module):
@@ -86,7 +95,7 @@ class MixtureOfExperts(nn.Module):
             self.shared = Mlp(config.dim, hidden * config.n_shared_experts, ops)
 
     def forward(self, x_BSD: torch.Tensor) -> MoeOutput:
-        """(B, S, D) to (B, S, D). In training mode the router's load counts every routed row."""
+        """(B, S, D) to (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
         logits_TE, x_TD = self.router(x_TD)
         assert self.config.n_activated_experts, "the schema requires K of a model with experts"
@@ -99,12 +108,10 @@ class MixtureOfExperts(nn.Module):
             route_scale=self.config.route_scale,
         )
         out_TD, load_E = self.transport.routed_experts(self.ops, x_TD, routing, self.experts.w13, self.experts.w2)
-        if self.training:
-            self.router.load += load_E
         if self.has_shared:
             out_TD = out_TD + self.shared(x_TD)
         balance = self._balance_loss(logits_TE, routing.expert_TK, x_BSD.shape[0]) if self.training else None
-        return MoeOutput(out_TD.view_as(x_BSD), balance)
+        return MoeOutput(out_TD.view_as(x_BSD), balance, load_E)
 
     def _balance_loss(self, logits_TE: torch.Tensor, expert_TK: torch.Tensor, n_sequences: int) -> torch.Tensor | None:
         per_sequence, per_batch = self.config.seq_balance_loss, self.config.aux_loss

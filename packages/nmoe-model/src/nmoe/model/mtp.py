@@ -38,4 +38,4 @@ class MtpModule(nn.Module):
         """
         joined = torch.cat((self.hidden_norm(state_BSD), self.embed_norm(embedding_BSD)), dim=-1)
         out = self.block(self.proj(joined), rope)
-        return MoeOutput(self.norm(out.out_BSD), out.balance)
+        return out._replace(out_BSD=self.norm(out.out_BSD))

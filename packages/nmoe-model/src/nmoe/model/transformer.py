@@ -4,19 +4,20 @@ Shapes: B batch, S sequence, T = B·S tokens, D model width, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator
-from typing import Literal, NamedTuple, Self
+from collections.abc import Collection, Iterator
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from nmoe.kernels.ops import Ops
 from nmoe.model.block import Block
 from nmoe.model.cache import Cache
-from nmoe.model.feed_forward import Router
+from nmoe.model.feed_forward import MoeOutput, Router
 from nmoe.model.layers import Embedding, Linear, RMSNorm, RotaryEmbedding
 from nmoe.model.mtp import MtpModule
 from nmoe.model.schema import ModelConfig
 from nmoe.rdep.transport import Transport
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 Role = Literal["embed", "norm", "router", "expert", "dense"]
 """What a parameter is, for optimizers: `embed` is embedding and head, `dense` every other matrix but the experts'."""
@@ -29,6 +30,10 @@ class TrainingLoss(NamedTuple):
     """What is differentiated: next-token loss, weighted MTP and balance losses."""
     next_token: torch.Tensor
     """Next-token loss alone, detached."""
+
+
+_Told = tuple[torch.Tensor | None, torch.Tensor | None]
+"""What a layer's router tells: balance loss and load."""
 
 
 class Transformer(nn.Module):
@@ -92,15 +97,17 @@ class Transformer(nn.Module):
         """States after the final norm, (B, S, D); with a cache, the tokens continue what it holds."""
         return self._trunk(token_BS, cache)[0]
 
-    def _trunk(self, token_BS: torch.Tensor, cache: Cache | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _trunk(
+        self, token_BS: torch.Tensor, cache: Cache | None, recompute: Collection[int] = ()
+    ) -> tuple[torch.Tensor, list[_Told]]:
         start = 0 if cache is None else cache.length
         rope = self.rope(start, token_BS.shape[1], token_BS.device)
-        x_BSD, balances = self.embed(token_BS), []
+        x_BSD, told = self.embed(token_BS), []
         for i, layer in enumerate(self.layers):
-            x_BSD, balance = layer(x_BSD, rope, None if cache is None else cache.layers[i])
-            if balance is not None:
-                balances.append(balance)
-        return self.norm(x_BSD), balances
+            layer_cache = None if cache is None else cache.layers[i]
+            x_BSD, balance, load_E = _run(layer, i in recompute, x_BSD, rope, layer_cache)
+            told.append((balance, load_E))
+        return self.norm(x_BSD), told
 
     def logits(self, token_BS: torch.Tensor, cache: Cache | None = None, *, last_only: bool = False) -> torch.Tensor:
         """Next-token logits (B, S, V), or (B, 1, V) of the last position."""
@@ -112,29 +119,44 @@ class Transformer(nn.Module):
         state_TD = self.hidden(input_BS).flatten(0, 1)
         return self.ops.linear_cross_entropy(state_TD, self.head.weight, target_BS.flatten())
 
-    def training_loss(self, sample_BS1: torch.Tensor, n_tokens: int) -> TrainingLoss:
+    def training_loss(
+        self, sample_BS1: torch.Tensor, n_tokens: int, *, recompute: Collection[int] = ()
+    ) -> TrainingLoss:
         """Loss of samples of S + 1 tokens, over `n_tokens`, the predicted tokens of the whole global batch.
 
         Depth k of MTP drops the last k positions; its loss is divided by the same count (equation 24), the depths'
-        mean weighted by λ (equation 25). Balance losses are means over the sequences of the global batch.
+        mean weighted by λ (equation 25). Balance losses are means over the sequences of the global batch. In training
+        mode the routers' loads count every routed row.
+
+        Args:
+            sample_BS1: int64 tokens.
+            n_tokens: divides the losses.
+            recompute: layers that keep their input alone and compute the rest again in the backward, for the same bits
+                in less memory. MTP's modules are numbered on from the trunk's layers.
         """
         length = sample_BS1.shape[1] - 1
         input_BS, target_BS = sample_BS1[:, :-1], sample_BS1[:, 1:]
-        state_BSD, balances = self._trunk(input_BS, None)
+        state_BSD, told = self._trunk(input_BS, None, recompute)
         nll = self.ops.linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS.flatten())
         total = nll / n_tokens
         for depth, module in enumerate(self.mtp, start=1):
             rope = self.rope(0, length - depth, sample_BS1.device)
             embedding_BSD = self.embed(input_BS[:, depth:])
-            state_BSD, balance = module(state_BSD[:, : length - depth], embedding_BSD, rope)
-            if balance is not None:
-                balances.append(balance)
+            recomputed = self.config.n_layers + depth - 1 in recompute
+            before_BSD = state_BSD[:, : length - depth]
+            state_BSD, balance, load_E = _run(module, recomputed, before_BSD, embedding_BSD, rope)
+            told.append((balance, load_E))
             loss = self.ops.linear_cross_entropy(
                 state_BSD.flatten(0, 1), self.head.weight, target_BS[:, depth:].flatten()
             )
             total = total + loss * (self.config.mtp_loss_weight / self.config.mtp_depth / n_tokens)
-        for balance in balances:
-            total = total + balance * (length / n_tokens)
+        for balance, _ in told:
+            if balance is not None:
+                total = total + balance * (length / n_tokens)
+        if self.training:
+            loads = (load_E for _, load_E in told if load_E is not None)
+            for (_, router), load_E in zip(self.routers(), loads, strict=True):
+                router.load += load_E
         return TrainingLoss(total, (nll / n_tokens).detach())
 
     def routers(self) -> Iterator[tuple[str, Router]]:
@@ -146,6 +168,15 @@ class Transformer(nn.Module):
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that makes the model, by name: parameters and the routers' selection biases."""
         return dict(self.state_dict())
+
+
+def _run(layer: nn.Module, recompute: bool, *inputs: Any) -> MoeOutput:
+    """What `layer` gives. If it is to be recomputed, only its inputs stay: the backward calls it again, and so its
+    forward must touch nothing but what it returns."""
+    if not recompute:
+        return layer(*inputs)
+    # No layer draws random numbers: there is no state to restore, which a CUDA graph could not do.
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def parameter_role(name: str) -> Role:

@@ -1,26 +1,27 @@
 """fp32 gradient accumulators, one a parameter, and what is asked of them: norm, clipping, where one is not finite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from nmoe.kernels.main_grad import deliver
-from torch import nn
+from nmoe.kernels.ops import Ops
+from nmoe.train.flat import FlatParameters
 
 
 class Gradients:
-    """Gives every parameter a `main_grad` that sums over the micro-batches of a step.
+    """Gives every parameter a `main_grad` that sums over the micro-batches of a step: a view of its group's buffer.
 
     Ops with hand-derived backwards write to it themselves; the gradients that autograd leaves in `.grad` are moved
     there as soon as they are whole, so that no second copy of the model's gradients exists. A step's first gradient
     overwrites what the last step left: only accumulators that none has reached are cleared, when they are read.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        self._parameters = dict(parameters)
-        self._by_name: dict[str, torch.Tensor] = {}
+    def __init__(self, flat: FlatParameters[Any], ops: Ops) -> None:
+        self._ops, self._parameters = ops, flat.parameters
+        self._buffers = [group.zeros(torch.promote_types(group.dtype, torch.float32)) for group in flat.groups]
+        self._by_name = flat.views(self._buffers)
         for name, parameter in self._parameters.items():
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            self._by_name[name] = torch.empty_like(parameter, dtype=wide, requires_grad=False)
             parameter.main_grad = self._by_name[name]  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
         self.zero()
@@ -36,10 +37,15 @@ class Gradients:
         self._settle()
         return self._by_name
 
+    @property
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """The same, as the flat buffer of each group, in the groups' order."""
+        self._settle()
+        return self._buffers
+
     def norm(self) -> torch.Tensor:
         """Global 2-norm, a scalar on the device."""
-        norms = torch._foreach_norm(list(self.by_name.values()))
-        return torch.linalg.vector_norm(torch.stack(norms))
+        return self._ops.global_norm(self.buffers)
 
     def not_finite(self) -> list[str]:
         """Names of the parameters whose gradients hold a NaN or an infinity."""

@@ -1,36 +1,38 @@
 """The training loop. It reads from top to bottom: build, restore, step, record, save, evaluate, end."""
 
-import time
+import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import wraps
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import torch
-from nmoe.kernels.arch import device_limits
 from nmoe.kernels.ops import select_ops
 from nmoe.model.checkpoint import TensorFolder
-from nmoe.model.count import flops_per_token
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import open_transport
 from nmoe.train.checkpointer import Checkpointer
+from nmoe.train.clock import Clock
 from nmoe.train.errors import NonFiniteError
-from nmoe.train.gradients import Gradients, clip_factor
-from nmoe.train.health import router_health
+from nmoe.train.gradients import Gradients
 from nmoe.train.metrics import MetricsWriter, read_metrics
-from nmoe.train.optim import Optimizer
+from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.profile import StepProfiler
 from nmoe.train.protocols import BatchSource, Evaluate, Reporter, RunStart, StepReport
 from nmoe.train.run_folder import RunFolder
-from nmoe.train.schedule import lr_factor
 from nmoe.train.schema import TrainConfig, TrainingConfig
 from nmoe.train.signals import StopSignal
 from nmoe.train.state import TrainState
+from nmoe.train.step import LaunchedStep, StepFigures, TrainStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STEPS_LATE = {"cpu": 0, "cuda": 1}
+"""How many steps behind the device the host reads what they gave."""
 
+Parameters = ParamSpec("Parameters")
 
 Status = Literal["finished", "target_reached", "interrupted"]
 
@@ -49,6 +51,21 @@ class Outcome:
     """The signal's number, if one ended the run."""
 
 
+def _on_own_stream(function: Callable[Parameters, Outcome]) -> Callable[Parameters, Outcome]:
+    """On a GPU, everything on one stream that is not the default one: CUDA graphs cannot be captured there, and memory
+    that was used on one stream does not serve another."""
+
+    @wraps(function)
+    def on_own_stream(*args: Parameters.args, **options: Parameters.kwargs) -> Outcome:
+        config = args[0]
+        assert isinstance(config, TrainingConfig)
+        with torch.cuda.stream(torch.cuda.Stream()) if config.runtime.device == "cuda" else nullcontext():
+            return function(*args, **options)
+
+    return on_own_stream
+
+
+@_on_own_stream
 def train(
     config: TrainingConfig,
     *,
@@ -103,9 +120,9 @@ def train(
         seed=runtime.seed if resume is None and start_from is None else None,
     )
     model.train()
-    parameters = dict(model.named_parameters())
-    gradients = Gradients(parameters.items())
-    optimizer = Optimizer(parameters, config.optim, ops)
+    flat = flatten(dict(model.named_parameters()), config.optim)
+    gradients = Gradients(flat, ops)
+    optimizer = Optimizer(flat, config.optim, ops)
     state = TrainState(model, optimizer, identity, labels)
 
     # ---- restore -----------------------------------------------------------------------------------------------------
@@ -118,77 +135,50 @@ def train(
     checkpointer = Checkpointer(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
     checkpointer.drop_after(state.step)
     profiler = StepProfiler(profile, run.path / "profile", device, first_step=state.step + 1)
-    clock = _Clock(config, device, state.step)
-    loss_value: float | None = None
+    train_step = TrainStep(model, gradients, optimizer, config, graph=runtime.uses_cuda_graph)
+    recorder = _Recorder(config, train_step, Clock(config, device, state.step), metrics, reporter)
     evaluation: Mapping[str, float] = {}
     saved_at = state.step if resume is not None else None
 
     def evaluates_at(step: int) -> bool:
         return evaluate is not None and (step == settings.steps or _is_due(step, evaluate_every))
 
+    def measure() -> Mapping[str, float]:
+        assert evaluate is not None, "there is no evaluation without a function that measures"
+        with train_step.memory():
+            return _evaluate(model, evaluate, state.step, metrics, reporter)
+
     with _finishing(checkpointer), closing(reporter), closing(metrics), StopSignal() as stop:
         description = _describe(config, device)
         reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
         if evaluate is not None and resume is not None and evaluates_at(state.step) and not _was_evaluated(run, state):
-            evaluation = _evaluate(model, evaluate, state.step, metrics, reporter)  # a kill had come between
+            evaluation = measure()  # a kill had come between
         with profiler:
             while state.step < settings.steps and not _reached(settings, evaluation) and stop.received is None:
-                # ---- one step: gradients over the micro-batches, then one update -------------------------------------
+                # ---- one step, and the record of the one before ------------------------------------------------------
                 step = state.step + 1
-                gradients.zero()
-                losses = []
                 with profiler.range("batch"):
-                    sample_BS1 = torch.from_numpy(batches.batch(state.cursor, settings.batch_size))
-                for micro_batch in sample_BS1.split(settings.micro_batch_size):
-                    with profiler.range("forward"):
-                        loss = model.training_loss(micro_batch.to(device), config.tokens_per_step)
-                    with profiler.range("backward"):
-                        loss.total.backward()
-                    losses.append(torch.stack((loss.next_token, loss.total.detach())))
-                with profiler.range("update"):
-                    norm = gradients.norm()
-                    sums = torch.stack(losses)
-                    figures = torch.cat((sums.flatten(), norm.to(sums.dtype)[None])).tolist()
-                    _refuse_non_finite(step, state.cursor, settings.micro_batch_size, figures, gradients)
-                    factor = lr_factor(config.schedule, step, config.tokens_per_step)
-                    scale = clip_factor(norm, config.optim.clip_grad_norm)
-                    optimizer.step(gradients.by_name, step=step, lr_factor=factor, grad_scale=scale)
-                    health = router_health(model) if step % config.metrics.every == 0 else {}
-                    for _, router in model.routers():
-                        router.update_bias()
+                    sample_NS1 = torch.from_numpy(batches.batch(state.cursor, settings.batch_size))
+                recorder.add(train_step.launch(step, state.cursor, sample_NS1, profiler.range))
                 state.step, state.cursor = step, state.cursor + settings.batch_size
-                loss_value = sum(figures[0:-1:2])
-                clock.lap()
                 profiler.step(step)
-
-                # ---- record ------------------------------------------------------------------------------------------
-                if step % config.metrics.every == 0 or step == settings.steps:
-                    worst = [value for tag, value in health.items() if tag.endswith("max_over_mean")]
-                    report = StepReport(
-                        step=step,
-                        steps=settings.steps,
-                        loss=loss_value,
-                        lr=config.optim.lr_dense * factor,
-                        grad_norm=figures[-1],
-                        load_max_over_mean=max(worst) if worst else None,
-                        **clock.figures(step, settings.steps),
-                    )
-                    metrics.write(step, {**_tags(report), "train/total_loss": sum(figures[1:-1:2]), **health})
-                    reporter.step(report)
                 _tell_failures(checkpointer, reporter)
 
                 # ---- save, then evaluate: an evaluation never costs a step -------------------------------------------
                 due = step == settings.steps or evaluates_at(step) or _is_due(step, config.checkpoint.every)
+                if due:
+                    recorder.finish()
                 if config.checkpoint.enabled and due:
                     checkpointer.save(step, state.tensors(), state.documents())
                     saved_at = step
                     reporter.checkpoint(step, checkpointer.path(step))
-                if evaluate is not None and evaluates_at(step):
-                    evaluation = _evaluate(model, evaluate, step, metrics, reporter)
+                if evaluates_at(step):
+                    evaluation = measure()
                 if due:
-                    clock.skip()
+                    recorder.clock.skip()
 
         # ---- end -----------------------------------------------------------------------------------------------------
+        recorder.finish()
         if config.checkpoint.enabled and saved_at != state.step and state.step > 0:
             checkpointer.save(state.step, state.tensors(), state.documents())
             reporter.checkpoint(state.step, checkpointer.path(state.step))
@@ -197,7 +187,7 @@ def train(
         finally:
             _tell_failures(checkpointer, reporter)
         if stop.received is not None and state.step < settings.steps and not _reached(settings, evaluation):
-            return Outcome("interrupted", state.step, loss_value, evaluation, int(stop.received))
+            return Outcome("interrupted", state.step, recorder.loss, evaluation, int(stop.received))
         if profile is not None:
             recorded = profiler.recorded
             reporter.message(
@@ -206,10 +196,78 @@ def train(
                 else f"The trace of steps {recorded[0]} to {recorded[1]} is {profiler.path}"
             )
         if at_end is not None:
+            train_step.release()
             model.eval()
             at_end(model)
     status: Status = "target_reached" if _reached(settings, evaluation) else "finished"
-    return Outcome(status, state.step, loss_value, evaluation)
+    return Outcome(status, state.step, recorder.loss, evaluation)
+
+
+class _Recorder:
+    """Reads what steps gave, a step late on a GPU, which is never idle for it, and tells metrics and reporter."""
+
+    def __init__(
+        self, config: TrainingConfig, train_step: TrainStep, clock: Clock, metrics: MetricsWriter, reporter: Reporter
+    ) -> None:
+        self.config, self.train_step, self.clock = config, train_step, clock
+        self.metrics, self.reporter = metrics, reporter
+        self.loss: float | None = None
+        """The last recorded training loss."""
+        self._late = STEPS_LATE[config.runtime.device]
+        self._launched: deque[LaunchedStep] = deque()
+
+    def add(self, launched: LaunchedStep) -> None:
+        """Takes a step that was just launched, and records the one that is late enough.
+
+        Raises:
+            NonFiniteError: that step was not applied, nor was any after it.
+        """
+        self._launched.append(launched)
+        while len(self._launched) > self._late:
+            self._record(self._launched.popleft())
+
+    def finish(self) -> None:
+        """Records all: every step launched has been applied.
+
+        Raises:
+            NonFiniteError: as `add`.
+        """
+        while self._launched:
+            self._record(self._launched.popleft())
+
+    def _record(self, launched: LaunchedStep) -> None:
+        figures = launched.wait(self.train_step.model)
+        self.clock.lap(launched.ended)
+        self._refuse_non_finite(launched, figures)
+        self.loss = figures.loss
+        step, steps = launched.step, self.config.train.steps
+        if step % self.config.metrics.every and step != steps:
+            return
+        worst = [value for tag, value in figures.health.items() if tag.endswith("max_over_mean")]
+        report = StepReport(
+            step=step,
+            steps=steps,
+            loss=figures.loss,
+            lr=self.config.optim.lr_dense * launched.lr_factor,
+            grad_norm=figures.grad_norm,
+            load_max_over_mean=max(worst) if worst else None,
+            **self.clock.figures(step, steps),
+        )
+        self.metrics.write(step, {**_tags(report), "train/total_loss": figures.total_loss, **figures.health})
+        self.reporter.step(report)
+
+    def _refuse_non_finite(self, launched: LaunchedStep, figures: StepFigures) -> None:
+        size = self.config.train.micro_batch_size
+        for i, losses in enumerate(figures.losses):
+            if not all(map(math.isfinite, losses)):
+                first = launched.cursor + i * size
+                where = f"micro-batch {i}, samples {first} to {first + size - 1}"
+                raise NonFiniteError(launched.step, "the loss", where)
+        if math.isfinite(figures.grad_norm):
+            return
+        names = self.train_step.not_finite(launched)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise NonFiniteError(launched.step, "the gradient", f"of {shown}" if names else "its norm overflows")
 
 
 @contextmanager
@@ -239,23 +297,6 @@ def _was_evaluated(run: RunFolder, state: TrainState) -> bool:
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _refuse_non_finite(
-    step: int, cursor: int, micro_batch_size: int, figures: list[float], gradients: Gradients
-) -> None:
-    """`figures`: next-token and total loss of each micro-batch, then the gradient norm."""
-    finite = torch.isfinite(torch.tensor(figures)).tolist()
-    if all(finite):
-        return
-    for i, index in enumerate(range(0, len(figures) - 1, 2)):
-        if not (finite[index] and finite[index + 1]):
-            first = cursor + i * micro_batch_size
-            samples = f"samples {first} to {first + micro_batch_size - 1}"
-            raise NonFiniteError(step, "the loss", f"micro-batch {i}, {samples}")
-    names = gradients.not_finite()
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise NonFiniteError(step, "the gradient", f"of {shown}" if names else "its norm overflows")
 
 
 def _evaluate(
@@ -291,56 +332,3 @@ def _tags(report: StepReport) -> dict[str, float]:
 def _describe(config: TrainingConfig, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{name}, {config.runtime.precision}, {config.runtime.kernels} kernels"
-
-
-class _Clock:
-    """Times steps, without checkpoints and evaluations, and derives rates."""
-
-    def __init__(self, config: TrainingConfig, device: torch.device, first_step: int) -> None:
-        self.device, self.tokens = device, config.tokens_per_step
-        self.flops = flops_per_token(config.model, config.train.seq_len) * self.tokens
-        self.peak = _peak_flops(device) * config.runtime.world_size if config.runtime.precision == "bf16" else 0.0
-        self.begun = self.mark = time.perf_counter()
-        self.first_step, self.seconds, self.total = first_step, 0.0, 0.0
-
-    def lap(self) -> None:
-        """A step has ended; it began with the lap before, or with the last `skip`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds, self.mark = now - self.mark, now
-        self.total += self.seconds
-
-    def skip(self) -> None:
-        """What was done since the last lap, checkpoints and evaluations, belongs to no step."""
-        self.mark = time.perf_counter()
-
-    def figures(self, step: int, steps: int) -> dict[str, Any]:
-        """The fields of a `StepReport` that are about time and room."""
-        mean = self.total / (step - self.first_step)
-        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident_bytes()
-        return {
-            "ms": self.seconds * 1e3,
-            "tokens_per_s": self.tokens / self.seconds,
-            "mfu": self.flops / self.seconds / self.peak if self.peak else None,
-            "elapsed_s": time.perf_counter() - self.begun,
-            "eta_s": mean * (steps - step),
-            "memory_bytes": memory,
-        }
-
-
-def _peak_flops(device: torch.device) -> float:
-    """Published bf16 FLOP/s of the device; 0 where they are not known."""
-    limits = device_limits(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return 0.0 if limits is None else limits.bf16_flops
-
-
-def _resident_bytes() -> int | None:
-    """Resident memory of this process, where the system says it in /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return None

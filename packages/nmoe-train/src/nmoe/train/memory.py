@@ -23,9 +23,10 @@ class MemoryNeed:
     optimizer: int
     """Moments or momentum, fp32."""
     activations: int
-    """Kept for the backward of one micro-batch."""
+    """Kept for the backward of one micro-batch; of a recomputed layer, its input."""
     workspace: int
-    """The largest temporaries that live at once."""
+    """The largest temporaries that live at once, with what the backward of a recomputed layer computes again, less what
+    the backwards before it have freed."""
 
     @property
     def total(self) -> int:
@@ -60,28 +61,41 @@ def _moments(config: TrainingConfig, name: str) -> int:
 def _activations(config: TrainingConfig) -> int:
     model, width = config.model, _bytes(config)
     tokens = config.train.micro_batch_size * config.train.seq_len
-    total = 0.0
-    for layer in range(model.n_layers + model.mtp_depth):
-        if layer >= model.n_layers:
-            # both norms' inputs and outputs, their concatenation, the last norm
-            total += tokens * width * model.dim * 7
-        # residual stream and its norm, before attention and before the feed-forward part
-        total += tokens * width * (4 * model.dim + _attention_width(model))
-        if model.is_dense(layer):
-            total += tokens * width * 3 * (model.inter_dim or 0)  # pre-activation 2F, activation F
-        else:
-            hidden, top_k = model.moe_inter_dim or 0, model.n_activated_experts or 0
-            total += tokens * width * (2 * top_k + 3 * model.n_shared_experts) * hidden
-            if config.runtime.kernels == "native":
-                total += tokens * 4 * 2 * (model.n_routed_experts or 0)  # the router's scores
-                total += tokens * top_k * 4 * 4  # row indices
-            else:
-                total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # its fp32 input too
-                total += tokens * top_k * 8 * 3
+    layers = sum(_kept(config, layer) for layer in range(model.n_layers + model.mtp_depth))
     heads = 1 + model.mtp_depth
     # input and gradient of the head's chunks, and the head's fp32 gradient until it is added to the accumulator
-    total += heads * (tokens * width * 2 * model.dim + 4 * model.vocab_size * model.dim)
-    return int(total)
+    return layers + heads * (tokens * width * 2 * model.dim + 4 * model.vocab_size * model.dim)
+
+
+def _kept(config: TrainingConfig, layer: int) -> int:
+    spared = saved_by_recomputing(config, layer) if layer in config.recomputed_layers else 0
+    return _layer_activations(config, layer) - spared
+
+
+def saved_by_recomputing(config: TrainingConfig, layer: int) -> int:
+    """Bytes between a layer's forward and backward that it does without, if it keeps its input alone."""
+    inputs = 2 if layer >= config.model.n_layers else 1  # MTP: the states before, and embeddings
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    return _layer_activations(config, layer) - tokens * _bytes(config) * config.model.dim * inputs
+
+
+def _layer_activations(config: TrainingConfig, layer: int) -> int:
+    model, width = config.model, _bytes(config)
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    # residual stream and its norm, before attention and before the feed-forward part
+    total = tokens * width * (4 * model.dim + _attention_width(model))
+    if layer >= model.n_layers:
+        # both norms' inputs and outputs, their concatenation, the last norm
+        total += tokens * width * model.dim * 7
+    if model.is_dense(layer):
+        return total + tokens * width * 3 * (model.inter_dim or 0)  # pre-activation 2F, activation F
+    hidden, top_k = model.moe_inter_dim or 0, model.n_activated_experts or 0
+    total += tokens * width * (2 * top_k + 3 * model.n_shared_experts) * hidden
+    if config.runtime.kernels == "native":
+        total += tokens * 4 * 2 * (model.n_routed_experts or 0)  # the router's scores
+        return total + tokens * top_k * 4 * 4  # row indices
+    total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # its fp32 input too
+    return total + tokens * top_k * 8 * 3
 
 
 def _attention_width(model: ModelConfig) -> int:
@@ -101,13 +115,34 @@ def _workspace(config: TrainingConfig) -> int:
     most = max(1, (1 << 29) // model.vocab_size)  # rows of a chunk, as nmoe.kernels.reference.cross_entropy has them
     rows = min(tokens, 1 << (most.bit_length() - 1))
     temporary = 4 if config.runtime.kernels == "reference" else 0
-    logits = rows * model.vocab_size * (4 + temporary + width) + 4 * model.vocab_size * model.dim
-    experts = 0.0
-    if model.has_moe:
-        rows, hidden = tokens * (model.n_activated_experts or 0), model.moe_inter_dim or 0
-        weight_gradient = (model.n_routed_experts or 0) / config.runtime.world_size * 2 * hidden * model.dim * width
-        experts = rows * width * (2 * model.dim + 3 * hidden) + weight_gradient
-    return int(max(logits, experts))
+    most_at_once = rows * model.vocab_size * (4 + temporary + width) + 4 * model.vocab_size * model.dim  # the head's
+    freed = 0
+    for layer in reversed(range(model.n_layers + model.mtp_depth)):
+        again = saved_by_recomputing(config, layer) if layer in config.recomputed_layers else 0
+        most_at_once = max(most_at_once, _backward_temporaries(config, layer) + again - freed)
+        freed += _kept(config, layer)
+    return most_at_once
+
+
+def _backward_temporaries(config: TrainingConfig, layer: int) -> int:
+    """Of attention or of the feed-forward part, whichever takes more."""
+    return max(_attention_temporaries(config, layer), _feed_forward_temporaries(config, layer))
+
+
+def _attention_temporaries(config: TrainingConfig, layer: int) -> int:
+    """cuDNN's deterministic backward of global attention writes the gradients of all scores, S by S a head, in bf16."""
+    if config.runtime.kernels == "reference" or config.model.is_local(layer):
+        return 0
+    return 2 * config.train.micro_batch_size * config.model.n_heads * config.train.seq_len**2
+
+
+def _feed_forward_temporaries(config: TrainingConfig, layer: int) -> int:
+    model, width = config.model, _bytes(config)
+    if model.is_dense(layer):
+        return 0
+    rows = config.train.micro_batch_size * config.train.seq_len * (model.n_activated_experts or 0)
+    hidden, experts = model.moe_inter_dim or 0, (model.n_routed_experts or 0) // config.runtime.world_size
+    return rows * width * (2 * model.dim + 3 * hidden) + experts * 2 * hidden * model.dim * width
 
 
 def _bytes(config: TrainingConfig) -> int:

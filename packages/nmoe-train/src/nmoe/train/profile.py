@@ -32,6 +32,7 @@ class StepProfiler:
         """First and last step in the written trace; None: there is none, as no step of the range was made."""
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         self._profiler = torch.profiler.profile(activities=activities, acc_events=True) if steps is not None else None
+        self._device = device
         self._running = False
         self._ended: list[int] = []
 
@@ -71,15 +72,22 @@ class StepProfiler:
 
     def _before(self, step: int) -> None:
         if self._profiler is not None and self.steps is not None and self.steps[0] <= step <= self.steps[1]:
+            self._await_device()
             self._profiler.start()
             self._running = True
 
     def _stop(self) -> None:
         if self._profiler is not None and self._running:
             self._running = False
+            self._await_device()
             self._profiler.stop()
             if not self._ended:
                 return  # the run ended just before the range
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self.path))
             self.recorded = self._ended[0], self._ended[-1]
+
+    def _await_device(self) -> None:
+        """The host runs ahead of a GPU: without this, kernels of other steps would be in the trace, or some missing."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

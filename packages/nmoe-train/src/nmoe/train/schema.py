@@ -3,12 +3,13 @@
 Imports no torch. A field marked "identity" decides what is computed: changing it at resume is an error.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from nmoe.model.schema import ModelConfig
 from nmoe.rdep.schema import RdepConfig
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -20,6 +21,18 @@ from pydantic import (
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _all_or_indices(value: Any) -> Any:
+    """Refuses in one sentence: of a union, pydantic tells an error for each of its branches."""
+    if value == "all":
+        return value
+    if isinstance(value, list | tuple) and all(type(index) is int and index >= 0 for index in value):
+        return tuple(value)
+    raise ValueError(f'expected "all" or a list of layers such as [0, 1, 2], counted from 0, found {value!r}')
+
+
+Layers = Annotated[Literal["all"] | tuple[int, ...], BeforeValidator(_all_or_indices)]
 
 
 class Section(BaseModel):
@@ -39,6 +52,9 @@ class TrainConfig(Section):
     """Sequences a rank puts through the model at once; gradients accumulate up to `batch_size`."""
     seq_len: Annotated[PositiveInt, "identity"]
     """Predicted tokens a sequence, S; a sample holds S + 1."""
+    recompute_layers: Layers = ()
+    """Layers that keep only their input for the backward, which computes their forward again: the same bits in less
+    memory and more time. Indices, MTP's modules numbered on from the trunk's layers, or "all"."""
     target_loss: PositiveFloat | None = None
     """Stop once an evaluation's validation loss (nats a token) is at or under this."""
 
@@ -112,8 +128,15 @@ class RuntimeConfig(Section):
     seed: Annotated[NonNegativeInt, "identity"] = 0
     world_size: PositiveInt = 1
     """Ranks, one a GPU."""
+    cuda_graph: bool | None = None
+    """Steps are captured in CUDA graphs: the same bits in less of the host's time. Absent: with native kernels, yes."""
     threads: PositiveInt | None = None
     """CPU threads of a rank; absent: PyTorch's choice. Bit-equal resume needs the same number."""
+
+    @property
+    def uses_cuda_graph(self) -> bool:
+        """Whether steps are captured in CUDA graphs."""
+        return self.kernels == "native" if self.cuda_graph is None else self.cuda_graph
 
 
 class TrainingConfig(Section):
@@ -143,15 +166,40 @@ class TrainingConfig(Section):
             problems.append(f"model.n_routed_experts = {self.model.n_routed_experts} do not divide among {ranks} ranks")
         if ranks > 1 and self.rdep.transport == "local":
             problems.append(f"rdep.transport = 'local' serves one rank, runtime.world_size is {ranks}: use 'ipc'")
+        problems += self._layers_problems()
         if self.runtime.kernels == "native" and self.runtime.precision != "bf16":
             problems.append(
                 "runtime.kernels = 'native' computes in bf16: runtime.precision = 'bf16', or kernels 'reference'"
             )
         if self.runtime.device == "cpu" and self.runtime.kernels == "native":
             problems.append("runtime.device = 'cpu' has reference kernels only: runtime.kernels = 'reference'")
+        if self.runtime.kernels == "reference" and self.runtime.cuda_graph:
+            problems.append(
+                "runtime.cuda_graph = true needs kernels that leave counts on the GPU: runtime.kernels = 'native', or "
+                "leave out runtime.cuda_graph"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _layers_problems(self) -> list[str]:
+        chosen, layers = self.train.recompute_layers, self.model.n_layers + self.model.mtp_depth
+        if chosen == "all":
+            return []
+        found = [str(layer) for layer in sorted(set(chosen)) if layer >= layers]
+        found += [f"{layer} more than once" for layer in sorted(set(chosen)) if chosen.count(layer) > 1]
+        if not found:
+            return []
+        return [
+            f"train.recompute_layers: expected layers of the {layers} (model.n_layers + model.mtp_depth) that there are"
+            f", each once, found {' and '.join(found)}: leave out what is too much, or write 'all'"
+        ]
+
+    @property
+    def recomputed_layers(self) -> tuple[int, ...]:
+        """The layers of `train.recompute_layers`, in order."""
+        chosen = self.train.recompute_layers
+        return tuple(range(self.model.n_layers + self.model.mtp_depth)) if chosen == "all" else tuple(sorted(chosen))
 
     @property
     def tokens_per_step(self) -> int:

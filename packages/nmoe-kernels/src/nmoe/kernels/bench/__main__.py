@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nmoe.kernels.bench.machine import command_line
+from nmoe.kernels.bench.op_cases import OPS
 from nmoe.kernels.bench.peers import LAYERS, PEERS
 from nmoe.kernels.bench.problem import DEFAULT_SHAPES, NAMED_SHAPES, ROUTING_KINDS, RoutingKind, Shape, parse_shape
 from nmoe.kernels.errors import KernelError, UnsupportedArchError
@@ -70,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_output(accuracy)
     accuracy.set_defaults(run=_accuracy)
+
+    ops = commands.add_parser(
+        "ops", help="each hot op of a training step beside its bound; exit code 1 if one fails or is above its ratio"
+    )
+    ops.add_argument("--ops", nargs="+", choices=OPS, default=OPS, metavar="NAME", help=f"out of {', '.join(OPS)}")
+    _add_output(ops)
+    ops.set_defaults(run=_ops)
 
     worker = commands.add_parser("worker", help="one layer in this process; prints one JSON line")
     worker.add_argument("--task", choices=("time", "cold", "bits"), default="time")
@@ -149,19 +157,24 @@ def _moe_layer(args: argparse.Namespace, typed: list[str]) -> int:
 
 
 def _table(args: argparse.Namespace, typed: list[str]) -> int:
+    from nmoe.kernels.bench import op_report
     from nmoe.kernels.bench.report import markdown
 
-    results = []
+    layers, tables = [], []
     for file in args.files:
         try:
-            results.append(json.loads(file.read_text(encoding="utf-8")))
-            markdown(results[-1:])
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if "rates" in result:  # only ops measures these
+                tables.append(op_report.markdown(result))
+            else:
+                markdown([result])
+                layers.append(result)
         except (ValueError, KeyError, TypeError) as error:
             raise KernelError(
-                f"expected results of moe-layer in '{file}', found {type(error).__name__}: {error}: write the file "
-                "anew with moe-layer --output"
+                f"expected results of moe-layer or of ops in '{file}', found {type(error).__name__}: {error}: write "
+                "the file anew with --output"
             ) from error
-    print(markdown(results))
+    print("\n\n".join([*([markdown(layers)] if layers else []), *tables]))
     return 0
 
 
@@ -195,6 +208,13 @@ def _accuracy(args: argparse.Namespace, typed: list[str]) -> int:
 
     _require_gpu()
     return 0 if print_accuracy(command=command_line(typed), output=args.output) else 1
+
+
+def _ops(args: argparse.Namespace, typed: list[str]) -> int:
+    from nmoe.kernels.bench.ops import print_ops
+
+    _require_gpu()
+    return 0 if print_ops(args.ops, command=command_line(typed), output=args.output) else 1
 
 
 def _require_gpu() -> None:

@@ -5,23 +5,23 @@ import torch
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of X ← aX + b(XXᵀ)X + c(XXᵀ)²X; chosen there for slope at zero, so that singular values end near, not at, one."""
 
+EPS = 1e-7
+"""Added to the Frobenius norm."""
 
-def newton_schulz(matrices: torch.Tensor, *, steps: int, dtype: torch.dtype, eps: float = 1e-7) -> torch.Tensor:
+
+def newton_schulz(matrices: torch.Tensor, *, steps: int) -> torch.Tensor:
     """Near-orthogonal matrices with the singular vectors of the given ones, batched over leading dimensions.
 
     Args:
-        matrices: (…, M, N).
-        steps: iterations.
-        dtype: dtype of the iteration (bf16 on GPUs).
-        eps: added to the Frobenius norm.
+        matrices: (…, M, N), of the dtype to iterate in (bf16 on GPUs); left as they are.
+        steps: iterations, 1 or more.
 
     Returns:
-        (…, M, N) of `dtype`.
+        (…, M, N) of that dtype.
     """
-    x = matrices.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + EPS)
     x = x.reshape(-1, *x.shape[-2:])
     a, b, c = COEFFICIENTS
     for _ in range(steps):

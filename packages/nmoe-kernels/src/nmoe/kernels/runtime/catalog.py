@@ -12,8 +12,11 @@ from nmoe.kernels.runtime.triton_aot import TritonKernel
 
 # Modules of CUDA kernels, one a line: each has `SOURCES: tuple[CudaSource, ...]`.
 _CUDA_MODULES: tuple[str, ...] = (
+    "nmoe.kernels.native.adamw_cuda",
     "nmoe.kernels.native.combine_cuda",
+    "nmoe.kernels.native.global_norm_cuda",
     "nmoe.kernels.native.grouped_gemm_cuda",
+    "nmoe.kernels.native.muon_cuda",
     "nmoe.kernels.native.router_cuda",
     "nmoe.kernels.native.routing_cuda",
     "nmoe.kernels.native.split_cuda",
@@ -21,42 +24,16 @@ _CUDA_MODULES: tuple[str, ...] = (
 
 # Modules of Triton kernels, one a line: each has `TRITON_KERNELS: tuple[TritonKernel, ...]`.
 _TRITON_MODULES: tuple[str, ...] = (
+    "nmoe.kernels.native.attention_window_backward_triton",
+    "nmoe.kernels.native.attention_window_triton",
     "nmoe.kernels.native.cross_entropy_triton",
     "nmoe.kernels.native.grouped_gemm_triton",
     "nmoe.kernels.native.mla_triton",
+    "nmoe.kernels.native.newton_schulz_triton",
     "nmoe.kernels.native.norm_triton",
     "nmoe.kernels.native.rope_triton",
     "nmoe.kernels.native.router_triton",
     "nmoe.kernels.native.swiglu_triton",
-)
-
-_ADAMW_SCALARS = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "step_size", "second_moment_scale")
-
-
-def _adamw(name: str, weight: str, residual: str, split: bool) -> TritonKernel:
-    pointers = {
-        "weight_ptr": weight,
-        "residual_ptr": residual,
-        "grad_ptr": "*fp32",
-        "exp_avg_ptr": "*fp32",
-        "exp_avg_sq_ptr": "*fp32",
-    }
-    types = pointers | {"grad_scale_ptr": "*fp32", "n": "i32"} | dict.fromkeys(_ADAMW_SCALARS, "fp32")
-    return TritonKernel(
-        name,
-        "nmoe.kernels.native.adamw_triton",
-        "_adamw_kernel",
-        ("sm_90a", "sm_100a"),
-        tuple(types.items()),
-        constants=(("SPLIT", split), ("BLOCK", 4096)),
-        aligned=(*pointers, "n"),
-        options=(("num_warps", 8), ("enable_fp_fusion", False)),
-    )
-
-
-_ADAMW_KERNELS = (
-    _adamw("adamw_split", "*i16", "*i16", True),
-    _adamw("adamw_plain", "*fp32", "*fp32", False),
 )
 
 _PACKAGE = Path(__file__).parents[1]
@@ -81,9 +58,9 @@ def triton_kernels() -> tuple[TritonKernel, ...]:
     Raises:
         KernelError: two have one name.
     """
-    others = tuple(kernel for module in _TRITON_MODULES for kernel in import_module(module).TRITON_KERNELS)
-    _check_names([kernel.name for kernel in (*_ADAMW_KERNELS, *others)])
-    return (*_ADAMW_KERNELS, *others)
+    kernels = tuple(kernel for module in _TRITON_MODULES for kernel in import_module(module).TRITON_KERNELS)
+    _check_names([kernel.name for kernel in kernels])
+    return kernels
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -1,0 +1,231 @@
+"""What the kernels of window attention share: how their work is cut into tiles, and how a tile is found in memory.
+
+Tiles come by TMA, by a descriptor of the whole tensor: it takes any strides, fills with zeros what lies beyond the last
+position or column, and drops what is stored there. A width that is no power of two is the sum of two parts, each a
+power of two, of which the second may reach beyond the last column: 192 = 128 + 64.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from nmoe.kernels.arch import detect_arch
+from nmoe.kernels.errors import UnsupportedArchError
+from nmoe.kernels.runtime.triton_aot import TritonKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+WIDEST_KEY = 192
+WIDEST_VALUE = 128
+_STEP = 8
+"""bf16 values in 16 bytes: TMA's unit."""
+
+
+class Tile(NamedTuple):
+    """Of one kernel's programs."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    """Tiles of the inner loop that are in shared memory at once."""
+
+
+class Tiles(NamedTuple):
+    """Of the three kernels for one range of widths and windows."""
+
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+_NARROW_WINDOW = 256
+"""Up to it, a small tile's fewer hidden scores count for more than a large tile's fewer loads."""
+
+_HOPPER: dict[tuple[int, int, bool], Tiles] = {
+    (64, 64, True): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (64, 64, False): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (128, 128, True): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (128, 128, False): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
+    (192, 128, True): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
+    (192, 128, False): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
+}
+_BLACKWELL = {  # never timed; where Hopper's would spill, the tile of the other windows
+    **_HOPPER,
+    (128, 128, True): _HOPPER[128, 128, True]._replace(forward=Tile(64, 64, 4, 3)),
+    (192, 128, False): _HOPPER[192, 128, False]._replace(forward=Tile(64, 32, 4, 2)),
+}
+TILES = {"sm_90a": _HOPPER, "sm_100a": _BLACKWELL}
+"""By arch; the most columns of keys and of values; and whether the window is narrow. The fastest found on an H200 at
+B 8, H 16, S 4096 (widths of 64: B 32, H 12, S 2048) and windows of 128 and 512."""
+
+
+def tiles_of(width: int, value: int, window: int, device: torch.device) -> Tiles:
+    """For keys of `width` and values of `value` columns; both at most as wide as the widest.
+
+    Raises:
+        UnsupportedArchError: there are no tiles for the device.
+    """
+    key, value = next(wide for wide in ((64, 64), (128, 128), (192, 128)) if width <= wide[0] and value <= wide[1])
+    return _tiles_by_widths(device)[key, value, window <= _NARROW_WINDOW]
+
+
+@functools.cache
+def _tiles_by_widths(device: torch.device) -> dict[tuple[int, int, bool], Tiles]:
+    arch = "sm_90a" if device.type == "cpu" else detect_arch(device)  # on the CPU Triton interprets
+    if arch not in TILES:
+        raise UnsupportedArchError(
+            f"expected one of {', '.join(TILES)} for window attention, found {arch}: set runtime.kernels = 'reference'"
+        )
+    return TILES[arch]
+
+
+class Widths(NamedTuple):
+    """Columns of a program's tiles, each a power of two."""
+
+    key: int
+    """Of queries and keys: the first part."""
+    rest: int
+    """Of queries and keys: the second part; 0: there is none."""
+    value: int
+
+    def constants(self, tile: Tile) -> dict[str, int]:
+        """A launch's `tl.constexpr` arguments."""
+        return {
+            "QUERIES": tile.queries,
+            "KEYS": tile.keys,
+            "WIDTH": self.key,
+            "REST": self.rest,
+            "VALUE": self.value,
+        }
+
+
+def widths_of(width: int, value: int) -> Widths:
+    """For keys of `width` and values of `value` columns, multiples of 16."""
+    first = 1 << (width.bit_length() - 1)
+    rest = triton.next_power_of_2(width - first) if width > first else 0
+    return Widths(first, rest, triton.next_power_of_2(value))
+
+
+def options_of(tile: Tile) -> dict[str, Any]:
+    """A launch's options."""
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def for_tma(x_BHSd: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where TMA can read it: dense rows, each at a multiple of 16 bytes; else a copy."""
+    strides = [stride for size, stride in zip(x_BHSd.shape[:3], x_BHSd.stride(), strict=False) if size > 1]
+    if x_BHSd.stride(3) == 1 and all(s > 0 and s % _STEP == 0 for s in strides) and x_BHSd.data_ptr() % 16 == 0:
+        return x_BHSd
+    return x_BHSd.clone(memory_format=torch.contiguous_format)
+
+
+def describe(x_BHSd: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of `rows` positions and `columns` columns of a tensor that `for_tma` gave."""
+    strides = [
+        x_BHSd.shape[3] if size == 1 else stride  # a lone dimension's stride means nothing and may be anything
+        for size, stride in zip(x_BHSd.shape[:3], x_BHSd.stride(), strict=False)
+    ]
+    return TensorDescriptor(x_BHSd, list(x_BHSd.shape), [*strides, 1], [1, 1, rows, columns])
+
+
+def describe_parts(x_BHSd: torch.Tensor, rows: int, widths: Widths) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Of both parts of queries, keys, or their gradients; where there is no second part, no kernel reads its own."""
+    first = describe(x_BHSd, rows, widths.key)
+    return first, describe(x_BHSd, rows, widths.rest) if widths.rest else first
+
+
+def empty_heads(like_BHSd: torch.Tensor, width: int) -> torch.Tensor:
+    """(B, H, S, `width`), a view of memory in the order (B, S, H, `width`)."""
+    batch, heads, length, _ = like_BHSd.shape
+    return like_BHSd.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def launch(
+    kernel: Any,
+    tile: Tile,
+    widths: Widths,
+    tensors: Sequence[TensorDescriptor | torch.Tensor],
+    numbers: Sequence[float],
+    like_BHSd: torch.Tensor,
+    rows: int,
+) -> None:
+    """One program for `rows` positions of a head; the kernel takes tensors, heads, length, and then `numbers`."""
+    batch, heads, length, _ = like_BHSd.shape
+    with torch.cuda.device_of(like_BHSd):
+        kernel[(batch * heads * triton.cdiv(length, rows),)](
+            *tensors, heads, length, *numbers, **widths.constants(tile), **options_of(tile)
+        )
+
+
+def ahead_of_launch(
+    name: str, module: str, function: str, tensors: Sequence[str], numbers: Sequence[str], kernel: Literal[0, 1, 2]
+) -> tuple[TritonKernel, ...]:
+    """The compiles of one kernel, for every entry of the table, of which it takes the tile `kernel`.
+
+    A tensor's name tells its tile: `q…` and `…out` are queries, all others keys; `v`, `dv` and `…out` have the width of
+    values; `…_rest` are second parts; and `…_ptr` is fp32, a number for each query.
+    """
+    return tuple(
+        TritonKernel(
+            f"{name}_{key}_{value}_{'narrow' if narrow else 'wide'}_{arch}",
+            module,
+            function,
+            (arch,),
+            (
+                *((tensor, _type_of(tensor, tiles[kernel], widths_of(key, value))) for tensor in tensors),
+                *dict.fromkeys(("heads", "length", "window"), "i32").items(),
+                *dict.fromkeys(numbers, "fp32").items(),
+            ),
+            constants=tuple(widths_of(key, value).constants(tiles[kernel]).items()),
+            aligned=tuple(tensor for tensor in tensors if tensor.endswith("_ptr")),
+            options=tuple(options_of(tiles[kernel]).items()),
+        )
+        for arch, by_widths in TILES.items()
+        for (key, value, narrow), tiles in by_widths.items()
+    )
+
+
+def _type_of(tensor: str, tile: Tile, widths: Widths) -> str:
+    if tensor.endswith("_ptr"):
+        return "*fp32"
+    rows = tile.queries if "q" in tensor or "out" in tensor else tile.keys
+    if tensor.endswith("_rest"):
+        columns = widths.rest or widths.key
+    else:
+        columns = widths.value if "v" in tensor or "out" in tensor else widths.key
+    return f"tensordesc<bf16[1, 1, {rows}, {columns}]>"
+
+
+@triton.jit
+def owned(heads, length, ROWS: tl.constexpr):
+    """Batch, head and first position of this program: heads run fastest, as in memory, so that a page is read whole
+    and neighbours in position, which share keys, run at the same time."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(length, ROWS)
+    return program // heads // blocks, program % heads, program // heads % blocks * ROWS
+
+
+@triton.jit
+def load_tile(tensor, batch, head, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS) of one head; zeros beyond the last position or column."""
+    return tensor.load([batch, head, row, column]).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def store_tile(tensor, batch, head, row, column, tile):
+    """Rounds a tile to bf16; what is beyond the last position or column is dropped."""
+    tensor.store([batch, head, row, column], tile.to(tl.bfloat16).reshape(1, 1, tile.shape[0], tile.shape[1]))
+
+
+@triton.jit
+def hide(start, ahead, query, key, window, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """What scores start from, and -inf where the query does not see the key: before the products are added, since the
+    tensor cores are then still at work on the products before. `ahead` is a query's place in its tile less a key's."""
+    if (key + KEYS > query + 1) | (key < query + QUERIES - window):
+        distance = ahead + (query - key)
+        # A negative distance is a large number without its sign.
+        start = tl.where(distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32), start, float("-inf"))
+    return start

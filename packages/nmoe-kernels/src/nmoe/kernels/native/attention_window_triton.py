@@ -1,0 +1,211 @@
+"""Causal attention to a window of keys, forward and backward, with the same bits in every run.
+
+Forward, a program owns a block of queries and goes through the keys that one of them sees. Backward, one kernel does
+the same for the queries' gradient, and a second goes through the queries that see a block of keys: nothing is summed
+by more than one program. Scores, softmax and sums are fp32, operands of products bf16. Kept for the backward: the
+inputs, the output, and for each query the score at which a key's weight would be 1: the logarithm of the softmax's sum,
+over the scale.
+
+Sources: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2; the mask and the two passes of the backward are ours.
+
+Shapes: B batch, H heads, S positions, d query-key width, v value width.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from nmoe.kernels.errors import KernelError, ShapeError
+from nmoe.kernels.native.attention_window_backward_triton import window_gradients
+from nmoe.kernels.native.attention_window_tiles_triton import (
+    WIDEST_KEY,
+    WIDEST_VALUE,
+    ahead_of_launch,
+    describe,
+    describe_parts,
+    empty_heads,
+    for_tma,
+    hide,
+    launch,
+    load_tile,
+    owned,
+    store_tile,
+    tiles_of,
+    widths_of,
+)
+from nmoe.kernels.reference.attention import check_attention_shapes
+from torch.autograd.function import once_differentiable
+
+_LOWEST = tl.constexpr(-1.0e30)
+"""Below every score, and finite: its difference from itself is 0."""
+
+
+@triton.jit(do_not_specialize=["heads", "length", "window"])
+def _forward_kernel(
+    q,
+    q_rest,
+    k,
+    k_rest,
+    v,
+    out,
+    level_ptr,
+    heads,
+    length,
+    window,
+    exponent,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    VALUE: tl.constexpr,
+):
+    batch, head, query = owned(heads, length, QUERIES)
+    q_tile = load_tile(q, batch, head, query, 0, QUERIES, WIDTH)
+    if REST:
+        q_rest_tile = load_tile(q_rest, batch, head, query, WIDTH, QUERIES, REST)
+    ahead = tl.arange(0, QUERIES)[:, None] - tl.arange(0, KEYS)[None, :]
+    top = tl.full((QUERIES,), _LOWEST, tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    sums = tl.zeros((QUERIES, VALUE), tl.float32)
+    first = tl.maximum(query - window + 1, 0) // KEYS * KEYS
+    for key in tl.range(first, tl.minimum(query + QUERIES, length), KEYS):
+        start = hide(tl.zeros((QUERIES, KEYS), tl.float32), ahead, query, key, window, QUERIES, KEYS)
+        k_tile = load_tile(k, batch, head, key, 0, KEYS, WIDTH)
+        score = tl.dot(q_tile, k_tile.T, start)
+        if REST:
+            k_rest_tile = load_tile(k_rest, batch, head, key, WIDTH, KEYS, REST)
+            score = tl.dot(q_rest_tile, k_rest_tile.T, score)
+        new_top = tl.maximum(top, tl.max(score, 1))
+        weight = tl.exp2(score * exponent - (new_top * exponent)[:, None])
+        decay = tl.exp2((top - new_top) * exponent)
+        total = total * decay + tl.sum(weight, 1)
+        v_tile = load_tile(v, batch, head, key, 0, KEYS, VALUE)
+        sums = tl.dot(weight.to(tl.bfloat16), v_tile, sums * decay[:, None])
+        top = new_top
+    store_tile(out, batch, head, query, 0, sums / total[:, None])
+    row = query + tl.arange(0, QUERIES)
+    level_at = level_ptr + (batch * heads + head).to(tl.int64) * length + row
+    tl.store(level_at, top + tl.log2(total) / exponent, mask=row < length)
+
+
+def window_attention(
+    q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, *, scale: float, window: int
+) -> torch.Tensor:
+    """Attention of each query to itself and the `window - 1` positions before it; same inputs, same bits.
+
+    Args:
+        q_BHSd: bf16 queries; d a multiple of 16 up to 192.
+        k_BHSd: bf16 keys.
+        v_BHSv: bf16 values; v a multiple of 16 up to 128. Rows of all three must be dense and start at multiples of 16
+            bytes, or they are copied.
+        scale: factor on the scores before the softmax, above 0.
+        window: at least 1.
+
+    Returns:
+        (B, H, S, v), a view of memory in the order (B, S, H, v), as the gradients are too.
+
+    Raises:
+        ShapeError: a tensor or the window is not as described; the message says how to mend it.
+        KernelError: the scale is not.
+    """
+    _check(q_BHSd, k_BHSd, v_BHSv, scale, window)
+    return _forward_op(q_BHSd, k_BHSd, v_BHSv, scale, window)[0]
+
+
+def _check(q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, scale: float, window: int) -> None:
+    check_attention_shapes(q_BHSd, k_BHSd, v_BHSv, window)
+    tensors = (q_BHSd, k_BHSd, v_BHSv)
+    width, value = q_BHSd.shape[3], v_BHSv.shape[3]
+    if q_BHSd.shape[2] != k_BHSd.shape[2]:
+        raise ShapeError(
+            f"expected as many queries as keys, found {q_BHSd.shape[2]} and {k_BHSd.shape[2]}: "
+            "call nmoe.kernels.reference.attention.attention"
+        )
+    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
+        raise ShapeError(
+            f"expected q, k and v of torch.bfloat16, found {', '.join(str(tensor.dtype) for tensor in tensors)}: "
+            "convert them, or set runtime.kernels = 'reference'"
+        )
+    if width % 16 or value % 16 or not (16 <= width <= WIDEST_KEY and 16 <= value <= WIDEST_VALUE):
+        raise ShapeError(
+            f"expected widths of multiples of 16, of keys up to {WIDEST_KEY} and of values up to {WIDEST_VALUE}; found "
+            f"{width} and {value}: pad them, or set runtime.kernels = 'reference'"
+        )
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise ShapeError(f"expected all tensors on one device, found {', '.join(devices)}: move them to one")
+    if not 0 < scale < math.inf:
+        raise KernelError(f"expected a finite scale above 0, found {scale}: set runtime.kernels = 'reference'")
+
+
+def _forward(
+    q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out_BHSv, level_BHS = _allocate(q_BHSd, k_BHSd, v_BHSv, scale, window)
+    if out_BHSv.numel() == 0:
+        return out_BHSv, level_BHS
+    q_BHSd, k_BHSd, v_BHSv = for_tma(q_BHSd), for_tma(k_BHSd), for_tma(v_BHSv)
+    width, value = q_BHSd.shape[3], v_BHSv.shape[3]
+    tile, widths = tiles_of(width, value, window, q_BHSd.device).forward, widths_of(width, value)
+    tensors = (
+        *describe_parts(q_BHSd, tile.queries, widths),
+        *describe_parts(k_BHSd, tile.keys, widths),
+        describe(v_BHSv, tile.keys, widths.value),
+        describe(out_BHSv, tile.queries, widths.value),
+        level_BHS,
+    )
+    numbers = (min(window, q_BHSd.shape[2]), scale * math.log2(math.e))
+    launch(_forward_kernel, tile, widths, tensors, numbers, q_BHSd, tile.queries)
+    return out_BHSv, level_BHS
+
+
+def _allocate(
+    q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_heads(q_BHSd, v_BHSv.shape[3]), q_BHSd.new_empty(q_BHSd.shape[:3], dtype=torch.float32)
+
+
+def _allocate_gradients(dout_BHSv: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(empty_heads(tensor, tensor.shape[3]) for tensor in arguments[:3])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    *kept, ctx.scale, ctx.window = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*kept, *output)
+
+
+@once_differentiable
+def _gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if grads[0] is None:
+        return (None,) * 5
+    return *_backward_op(grads[0], *ctx.saved_tensors, ctx.scale, ctx.window), None, None
+
+
+_LIBRARY = torch.library.Library("nmoe", "FRAGMENT")
+_ARGUMENTS = "Tensor q, Tensor k, Tensor v"
+_LIBRARY.define(f"window_attention({_ARGUMENTS}, float scale, SymInt window) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"window_attention_backward(Tensor dout, {_ARGUMENTS}, Tensor out, Tensor level, float scale, SymInt window) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("window_attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("window_attention_backward", window_gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("nmoe::window_attention", _allocate, lib=_LIBRARY)
+torch.library.register_fake("nmoe::window_attention_backward", _allocate_gradients, lib=_LIBRARY)
+torch.library.register_autograd("nmoe::window_attention", _gradient, setup_context=_keep_for_backward, lib=_LIBRARY)
+_forward_op = torch.ops.nmoe.window_attention.default
+_backward_op = torch.ops.nmoe.window_attention_backward.default
+
+TRITON_KERNELS = ahead_of_launch(
+    "window_attention",
+    __name__,
+    "_forward_kernel",
+    ("q", "q_rest", "k", "k_rest", "v", "out", "level_ptr"),
+    ("exponent",),
+    0,
+)
+"""What is compiled ahead: for the widths of the table."""
