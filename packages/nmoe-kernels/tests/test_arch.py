@@ -77,9 +77,9 @@ def test_native_on_its_arch_is_native(monkeypatch, capability: tuple[int, int], 
     pretend(monkeypatch, capability)
     ops = select_ops("native", "cuda")
     assert ops.tier == "native"
-    triton = ("cross_entropy", "mla", "newton_schulz", "norm", "rope", "swiglu")
+    triton = ("balance", "mla", "newton_schulz", "norm", "qkv", "rope", "swiglu")
     shared = {*(f"native.{name}_triton" for name in triton), "native.attention", "native.routing_cuda"}
-    shared |= {f"native.{name}_cuda" for name in ("adamw", "global_norm", "muon")}
+    shared |= {f"native.{name}_cuda" for name in ("adamw", "cross_entropy", "global_norm", "muon")}
     shared.add("reference.cross_entropy")  # its products are the library's in both tiers
     assert modules(ops) == shared | experts
 
@@ -101,8 +101,8 @@ def test_native_index_takes_the_counts_of_the_route(monkeypatch) -> None:
 def test_reference_runs_anywhere_and_only_when_asked(device: str) -> None:
     ops = select_ops("reference", device)
     assert ops.tier == "reference"
-    named = {"adamw", "attention", "experts", "grouped_gemm", "routing"}
-    named |= {"cross_entropy", "mla", "norm", "rope", "swiglu"}
+    named = {"adamw", "attention", "balance", "experts", "grouped_gemm", "routing"}
+    named |= {"cross_entropy", "mla", "norm", "qkv", "rope", "swiglu"}
     named |= {"global_norm", "muon", "newton_schulz"}
     assert modules(ops) == {f"reference.{name}" for name in named}
 

@@ -1,4 +1,4 @@
-"""Global attention by cuDNN: refusals without a GPU; on one, the same bits each time, in CUDA graphs and out of them.
+"""Global attention: refusals without a GPU; on one, the same bits each time, in CUDA graphs and out of them.
 Values are tested in test_native.py."""
 
 import pytest
@@ -22,17 +22,16 @@ def gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Ten
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
-def test_other_numbers_and_devices_are_refused() -> None:
+def test_other_numbers_are_refused() -> None:
     q = torch.randn(1, 2, 8, 64)
-    with pytest.raises(ShapeError, match=r"torch\.float32 on cpu.*runtime.kernels = 'reference'"):
+    with pytest.raises(ShapeError, match=r"torch\.float32.*runtime\.kernels = 'reference'"):
         global_attention(q, q, q, scale=1.0)
 
 
-@pytest.mark.gpu
-def test_widths_without_a_kernel_are_refused(gpu: str) -> None:
-    q = torch.randn(1, 2, 64, 320, device=gpu).bfloat16().requires_grad_()
-    with pytest.raises(ShapeError, match=r"runtime\.kernels = 'reference'"):
-        global_attention(q, q, q, scale=1.0).sum().backward()
+def test_widths_without_a_kernel_are_refused() -> None:
+    q = torch.randn(1, 2, 64, 320).bfloat16()
+    with pytest.raises(ShapeError, match=r"found 320 and 320.*runtime\.kernels = 'reference'"):
+        global_attention(q, q, q, scale=1.0)
 
 
 @pytest.mark.gpu

@@ -10,8 +10,8 @@ from nmoe.kernels.errors import KernelError, ShapeError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is for Linux")
-from nmoe.kernels.native import attention_window_backward_triton as backward
-from nmoe.kernels.native import attention_window_tiles_triton as tiles
+from nmoe.kernels.native import attention_backward_triton as backward
+from nmoe.kernels.native import attention_tiles_triton as tiles
 from nmoe.kernels.native import attention_window_triton as forward
 from nmoe.kernels.native.attention_window_triton import window_attention
 
@@ -198,23 +198,23 @@ def type_of(argument: Any) -> str:
     return f"tensordesc<bf16{argument.block_shape}>"
 
 
-@pytest.mark.parametrize(("width", "value", "narrow"), tiles.TILES["sm_90a"])
+@pytest.mark.parametrize(("width", "value", "reach"), tiles.TILES["sm_90a"])
 @pytest.mark.parametrize("arch", tiles.TILES)
 def test_what_is_compiled_ahead_is_what_is_launched(
-    arch: str, width: int, value: int, narrow: bool, launches_of: Any, monkeypatch: pytest.MonkeyPatch
+    arch: str, width: int, value: int, reach: tiles.Reach, launches_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a program for every block of positions of every head."""
     places = ((forward, "_forward_kernel"), (backward, "_dq_kernel"), (backward, "_dkdv_kernel"))
     launched = [launches_of(*place) for place in places]
     monkeypatch.setattr(tiles, "_tiles_by_widths", lambda device: tiles.TILES[arch])
     given = [torch.zeros(2, 600, 3, n).bfloat16().transpose(1, 2).requires_grad_() for n in (width, width, value)]
-    out = window_attention(*given, scale=0.1, window=128 if narrow else 512)
+    out = window_attention(*given, scale=0.1, window={"narrow": 128, "wide": 512, "all": 2000}[reach])
     torch.autograd.grad(out, given, torch.zeros_like(out))
     listed = {kernel.name: kernel for kernel in (*forward.TRITON_KERNELS, *backward.TRITON_KERNELS)}
-    table = tiles.TILES[arch][width, value, narrow]
+    table = tiles.TILES[arch][width, value, reach]
     rows = (table.forward.queries, table.dq.queries, table.dkdv.keys)
-    for launch, suffix, owned in zip(launched, ("", "_dq", "_dkdv"), rows, strict=True):
-        kernel = listed[f"window_attention{suffix}_{width}_{value}_{'narrow' if narrow else 'wide'}_{arch}"]
+    for launch, name, owned in zip(launched, ("window_attention", "attention_dq", "attention_dkdv"), rows, strict=True):
+        kernel = listed[f"{name}_{width}_{value}_{reach}_{arch}"]
         assert launch.grid == (2 * 3 * -(-600 // owned),)
         assert [type_of(argument) for argument in launch.args] == [kind for _, kind in kernel.signature]
         assert launch.options == dict((*kernel.constants, *kernel.options))

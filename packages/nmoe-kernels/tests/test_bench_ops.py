@@ -16,7 +16,17 @@ from nmoe.kernels.bench.op_case import Case, Peer, Run, Setting, Work
 from nmoe.kernels.bench.op_cases import CASES, OPS, cases_of
 from nmoe.kernels.bench.op_cross_entropy import linear_cross_entropy
 from nmoe.kernels.bench.op_optimizer import adamw, global_norm, newton_schulz
-from nmoe.kernels.bench.op_rows import combine, mla_heads, rms_norm, rope, route, swiglu
+from nmoe.kernels.bench.op_rows import (
+    add_rms_norm,
+    balance_loss,
+    combine,
+    mla_heads,
+    qkv_heads,
+    rms_norm,
+    rope,
+    route,
+    swiglu,
+)
 from nmoe.kernels.bench.op_timing import Rates, copies_of, repeats_of, same_bits
 from nmoe.kernels.bench.ops import Bench
 from nmoe.kernels.bench.timing import Timing
@@ -44,6 +54,15 @@ def test_bytes_are_those_counted_by_hand() -> None:
         "forward": 24 * 2 + 8 * 2 + 24 * 2,  # x, gain; out
         "backward": 24 * 2 + 24 * 2 + 8 * 2 + 24 * 2 + 8 * 4,  # x, dout, gain; dx, dgain
     }
+    assert sizes(add_rms_norm(3, 8)) == {
+        "forward": 2 * 24 * 2 + 8 * 2 + 2 * 24 * 2,  # x, delta, gain; sum, norm
+        "backward": 3 * 24 * 2 + 8 * 2 + 24 * 2 + 8 * 4,  # both gradients, sum, gain; dx, dgain
+    }
+    # B 2, S 3, H 2, d 4: q and k (12, 4), tables (3, 2), gains; q and k. Three gradients, q and k; dqkv, dgains.
+    assert sizes(qkv_heads(2, 3, 2, 4)) == {
+        "forward": 2 * 48 * 2 + 2 * 6 * 4 + 2 * 4 * 2 + 2 * 48 * 2,
+        "backward": (3 + 2) * 48 * 2 + 2 * 6 * 4 + 2 * 4 * 2 + 3 * 48 * 2 + 2 * 4 * 4,
+    }
     both = 48 * 2 + 48 * 2 + 6 * 4 + 6 * 4  # x (2, 3, 2, 4); out; cos and sin (3, 2)
     assert sizes(rope(2, 3, 2, 4)) == {"forward": both, "backward": both}
     assert sizes(swiglu(3, 8)) == {"forward": 48 * 2 + 24 * 2, "backward": 48 * 2 + 24 * 2 + 48 * 2}
@@ -58,6 +77,8 @@ def test_bytes_are_those_counted_by_hand() -> None:
         "forward + index": (20 + 4 + 3 * 10 + 3 * 10 + 5) * 4,
         "backward": (10 + 10 + 10 + 20) * 4,  # dgate, expert, score; dlogits
     }
+    # T 6, E 4, K 2: logits, experts; loss. Its gradient, logits; dlogits.
+    assert sizes(balance_loss(6, 4, 2, 3)) == {"forward": (24 + 12 + 1) * 4, "backward": (1 + 24 + 24) * 4}
     # T 5, D 8, F 200, E 4, K 2: rows (10, 8), places; out. Two partial sums a row, one gradient.
     assert sizes(combine(5, 8, 200, 4, 2)) == {
         "forward": 80 * 2 + 10 * 4 + 40 * 2,
@@ -69,10 +90,10 @@ def test_bytes_are_those_counted_by_hand() -> None:
         "backward": (48 + 48 + 40 + 40 + 40) * 2 + 8 * 4 + (48 + 48 + 40) * 2,
     }
     assert sizes(attention(1, 2, 4, 6, 5)) == sizes(attention(1, 2, 4, 6, 5, 2)) == expected
-    # T 3, D 8, V 10: x, head, targets; dx, dhead in fp32. Two rows: logits twice, dlogits, targets, losses.
+    # T 3, D 8, V 10: x, head, targets; dx, dhead in fp32. Two rows: logits, dlogits, targets, losses.
     assert sizes(linear_cross_entropy(3, 8, 10, chunk=2)) == {
         "both": 24 * 2 + 80 * 2 + 3 * 8 + 24 * 2 + 80 * 4,
-        "rows": 2 * 20 * 4 + 20 * 2 + 2 * 8 + 2 * 4,
+        "rows": 20 * 4 + 20 * 2 + 2 * 8 + 2 * 4,
     }
     assert adamw(1000, torch.bfloat16).work.bytes == 1000 * ((2 + 2 + 4 + 4 + 4) + (2 + 2 + 4 + 4))
     assert adamw(1000, torch.float32).work.bytes == 1000 * ((4 + 4 + 4 + 4) + (4 + 4 + 4))
@@ -128,10 +149,13 @@ def test_operations_are_those_of_the_products_that_run(case: Case, setting: Sett
 CPU_CASES: list[Case] = [
     *rms_norm(6, 16),
     *rope(2, 3, 2, 8),
+    *add_rms_norm(6, 16),
+    *qkv_heads(2, 3, 2, 8),
     *mla_heads(2, 3, 2, 8, 4, 8),
     *swiglu(6, 16),
     *linear_cross_entropy(16, 8, 32, chunk=8),
     *route(12, 8, 2),
+    *balance_loss(12, 8, 2, 3),
     *attention(1, 2, 16, 8, 8),
     *attention(1, 2, 16, 8, 8, 4),
     adamw(64, torch.bfloat16),
@@ -187,7 +211,7 @@ def test_the_shapes_that_bound_a_step_are_measured() -> None:
     assert bytes_of["adamw step 1e9 bf16"] == 28 * 10**9
     assert bytes_of["adamw step 3e8 fp32"] == 28 * 3 * 10**8
     assert bytes_of["global_norm norm 8 of 250000000"] == 8 * 10**9 + 4
-    assert bytes_of["linear_cross_entropy rows 2048x201088"] == 10 * 2048 * 201088 + 12 * 2048
+    assert bytes_of["linear_cross_entropy rows 2048x201088"] == 6 * 2048 * 201088 + 12 * 2048
 
 
 def test_bound_is_the_longer_one() -> None:

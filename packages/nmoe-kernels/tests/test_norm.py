@@ -1,10 +1,10 @@
-"""RMSNorm against its formula, written element by element in float64."""
+"""RMSNorm, alone and after an addition, against its formula, written element by element in float64."""
 
 import math
 
 import pytest
 import torch
-from nmoe.kernels.reference.norm import rms_norm
+from nmoe.kernels.reference.norm import add_rms_norm, rms_norm
 
 EPS = 1e-6
 
@@ -64,3 +64,43 @@ def test_gradients_by_finite_differences() -> None:
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, EPS), (x, weight))
+
+
+def test_addition_and_norm_are_those_of_one_after_the_other() -> None:
+    """To the bit, in bf16 too: the norm is that of the rounded sum."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, delta, weight = (torch.randn(size).to(dtype) for size in ((3, 40), (3, 40), (40,)))
+        total, normed = add_rms_norm(x, delta, weight, EPS)
+        assert torch.equal(total, x + delta)
+        assert torch.equal(normed, rms_norm(x + delta, weight, EPS))
+        total, normed = add_rms_norm(x, None, weight, EPS)
+        assert torch.equal(total, x)
+        assert torch.equal(normed, rms_norm(x, weight, EPS))
+
+
+def test_gradients_through_addition_and_norm_by_finite_differences() -> None:
+    x, delta = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b, w: add_rms_norm(a, b, w, EPS), (x, delta, weight))
+    assert torch.autograd.gradcheck(lambda a, w: add_rms_norm(a, None, w, EPS), (x, weight))
+    assert torch.autograd.gradcheck(lambda a, b, w: add_rms_norm(a, b, w, EPS)[1], (x, delta, weight))
+
+
+def test_a_sum_whose_norm_leads_nowhere_hands_its_gradient_on() -> None:
+    x, delta, weight = (torch.randn(size, requires_grad=True) for size in ((3, 5), (3, 5), (5,)))
+    dtotal = torch.randn(3, 5)
+    found = torch.autograd.grad(add_rms_norm(x, delta, weight, EPS)[0], (x, delta, weight), dtotal, allow_unused=True)
+    assert torch.equal(found[0], dtotal)
+    assert torch.equal(found[1], dtotal)
+    assert found[2] is None
+
+
+def test_both_gradients_meet_before_they_are_rounded() -> None:
+    """In bf16, where two roundings would give other bits for some of 4000."""
+    x, delta, weight = (torch.randn(size).bfloat16().requires_grad_() for size in ((40, 100), (40, 100), (100,)))
+    dtotal, dout = (torch.randn(40, 100).bfloat16() for _ in range(2))
+    found = torch.autograd.grad(add_rms_norm(x, delta, weight, EPS), (x, delta), (dtotal, dout))
+    wide, gain = (x + delta).detach().double().requires_grad_(), weight.detach().double()
+    (exact,) = torch.autograd.grad(rms_norm(wide, gain, EPS), wide, dout.double())
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0].double(), exact + dtotal.double(), rtol=2.0**-8, atol=2.0**-20)

@@ -37,6 +37,7 @@ def wrong(op: Any, change: Any) -> Any:
         ("route", "routing", lambda routing: routing._replace(expert_TK=routing.expert_TK.flip(1))),
         ("index_rows", "routing", lambda index: index._replace(row_TK=index.row_TK.flip(0))),
         ("attention", "attention", lambda out: out * (1 + 1e-4)),
+        ("balance_loss", "balance_loss", lambda loss: loss * (1 + 1e-4)),
     ],
 )
 def test_a_wrong_op_fails(

@@ -12,7 +12,15 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 ROUNDING = 1.01 * 2.0**-8
 """Of bf16 to nearest, relative, and a little for fp32's own; the interpreter cuts off instead, which is twice that."""
 
-SHAPES = {"row": (1, 16), "odd": (3, 5), "thin": (7, 1), "blocks": (4, 1024), "tail": (3, 1500), "deep": (2, 3, 40)}
+SHAPES = {
+    "row": (1, 16),
+    "odd": (3, 5),
+    "thin": (7, 1),
+    "blocks": (4, 1024),
+    "tail": (3, 1500),
+    "several": (19, 384),
+    "deep": (2, 3, 40),
+}
 EXTREME = [0.0, -0.0, 1e-30, 88.0, -88.0, 200.0, -200.0, 1e4, -1e4, 1e30, -1e30]
 
 
@@ -76,13 +84,20 @@ def test_refuses(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         swiglu(pre)
 
 
-def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "block"), [(11_264, 1024), (2816, 1024), (512, 512), (1280, 256), (384, 128), (16, 128)]
+)
+def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any, hidden: int, block: int) -> None:
+    """And its programs cover all rows and columns, with little beyond."""
     from nmoe.kernels.native import swiglu_triton as module
 
     forward, backward = (launches_of(module, name) for name in ("_forward_kernel", "_backward_kernel"))
-    pre = torch.zeros(4, 32).bfloat16().requires_grad_()
+    pre = torch.zeros(5, 2 * hidden).bfloat16().requires_grad_()
     module.swiglu(pre).sum().backward()
-    for kernel, launched in zip(module.TRITON_KERNELS, (forward, backward), strict=True):
+    listed = {kernel.name: kernel for kernel in module.TRITON_KERNELS}
+    for name, launched in (("swiglu", forward), ("swiglu_backward", backward)):
+        kernel = listed[f"{name}_{block}"]
+        assert launched.grid == (-(-5 * block // 1024), -(-hidden // block))
         types = tuple("*bf16" if isinstance(x, torch.Tensor) else "i32" for x in launched.args)
         assert types == tuple(kind for _, kind in kernel.signature)
         assert launched.options == dict((*kernel.constants, *kernel.options))

@@ -40,7 +40,7 @@ class Plain:
         c, w = self.config, self.weights
         heads = range(c.n_heads)
         if c.attn == "sdpa":
-            q, k, v = ((w[f"{prefix}{n}.weight"] @ x).view(c.n_heads, -1) for n in ("wq", "wk", "wv"))
+            q, k, v = ((matrix @ x).view(c.n_heads, -1) for matrix in w[f"{prefix}wqkv"])
             if c.qk_norm:
                 q, k = ([self.norm(t[h], f"{prefix}{n}_norm.weight") for h in heads] for t, n in ((q, "q"), (k, "k")))
             return [self.rotate(q[h], position) for h in heads], [self.rotate(k[h], position) for h in heads], list(v)

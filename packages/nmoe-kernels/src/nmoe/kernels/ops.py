@@ -24,12 +24,18 @@ class Ops:
     """`attention`"""
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     """`norm`: x, gain and epsilon to the normed x."""
+    add_rms_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """`norm`: x, what is added to it or None, gain and epsilon to the sum and its norm."""
+    qkv_heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    """`qkv`: plain attention's product to what `attention` takes."""
     mla_heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     """`mla`: MLA's projections to what `attention` takes."""
     route: Callable[..., Any]
     """`routing`: logits and bias to a routing with `expert_TK` and `gate_TK`."""
     index_rows: Callable[[Any, int], Any]
     """`routing`: a routing and the number of experts to an index with `offset_E`."""
+    balance_loss: Callable[..., torch.Tensor]
+    """`balance`: logits and chosen experts to the weighted loss, summed over sequences."""
     experts: Callable[..., torch.Tensor]
     """`experts`: x, index, gates, w13 and w2 to the gated sum of each token's experts."""
     rope: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -75,6 +81,7 @@ def select_ops(tier: Tier, device: torch.device | str) -> Ops:
 def _reference_ops() -> Ops:
     from nmoe.kernels.reference.adamw import adamw_
     from nmoe.kernels.reference.attention import attention
+    from nmoe.kernels.reference.balance import balance_loss
     from nmoe.kernels.reference.cross_entropy import linear_cross_entropy
     from nmoe.kernels.reference.experts import GroupedGemms, experts
     from nmoe.kernels.reference.global_norm import global_norm
@@ -82,7 +89,8 @@ def _reference_ops() -> Ops:
     from nmoe.kernels.reference.mla import mla_heads
     from nmoe.kernels.reference.muon import muon_apply_, muon_momentum_
     from nmoe.kernels.reference.newton_schulz import newton_schulz
-    from nmoe.kernels.reference.norm import rms_norm
+    from nmoe.kernels.reference.norm import add_rms_norm, rms_norm
+    from nmoe.kernels.reference.qkv import qkv_heads
     from nmoe.kernels.reference.rope import rope
     from nmoe.kernels.reference.routing import index_rows, route
     from nmoe.kernels.reference.swiglu import swiglu
@@ -91,9 +99,12 @@ def _reference_ops() -> Ops:
         tier="reference",
         attention=attention,
         rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        qkv_heads=qkv_heads,
         mla_heads=mla_heads,
         route=route,
         index_rows=lambda routing, n_experts: index_rows(routing.expert_TK, n_experts),
+        balance_loss=balance_loss,
         experts=partial(experts, GroupedGemms(grouped_gemm, grouped_wgrad)),
         rope=rope,
         swiglu=swiglu,
@@ -109,12 +120,14 @@ def _reference_ops() -> Ops:
 def _native_ops(arch: str) -> Ops:
     from nmoe.kernels.native.adamw_cuda import adamw_
     from nmoe.kernels.native.attention import attention
-    from nmoe.kernels.native.cross_entropy_triton import score_rows
+    from nmoe.kernels.native.balance_triton import balance_loss
+    from nmoe.kernels.native.cross_entropy_cuda import score_rows
     from nmoe.kernels.native.global_norm_cuda import global_norm
     from nmoe.kernels.native.mla_triton import mla_heads
     from nmoe.kernels.native.muon_cuda import muon_apply_, muon_momentum_
     from nmoe.kernels.native.newton_schulz_triton import newton_schulz
-    from nmoe.kernels.native.norm_triton import rms_norm
+    from nmoe.kernels.native.norm_triton import add_rms_norm, rms_norm
+    from nmoe.kernels.native.qkv_triton import qkv_heads
     from nmoe.kernels.native.rope_triton import rope
     from nmoe.kernels.native.routing_cuda import index_rows, route
     from nmoe.kernels.native.swiglu_triton import swiglu
@@ -124,9 +137,12 @@ def _native_ops(arch: str) -> Ops:
         tier="native",
         attention=attention,
         rms_norm=rms_norm,
+        add_rms_norm=add_rms_norm,
+        qkv_heads=qkv_heads,
         mla_heads=mla_heads,
         route=route,
         index_rows=lambda routing, n_experts: index_rows(routing.expert_TK, n_experts, routing.histogram_BE),
+        balance_loss=balance_loss,
         experts=_hopper_experts() if arch == "sm_90a" else _blackwell_experts(),
         rope=rope,
         swiglu=swiglu,

@@ -145,6 +145,25 @@ def _check_routing(setting: Setting) -> Iterator[Finding]:
     yield _exactly("offsets", index.offset_E.cpu() != torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
+def _check_balance_loss(setting: Setting) -> Iterator[Finding]:
+    sequences = 3
+    logits_TE = (torch.randn(_TOKENS, _EXPERTS) * 2).to(setting.device).requires_grad_()
+    bias_E = torch.zeros(_EXPERTS, device=setting.device)
+    expert_TK = setting.ops.route(logits_TE.detach(), bias_E, top_k=_TOP_K).expert_TK
+    loss = setting.ops.balance_loss(logits_TE, expert_TK, n_sequences=sequences, weight=0.3)
+    (dlogits_TE,) = torch.autograd.grad(loss, logits_TE)
+
+    exact_TE = logits_TE.detach().double().cpu().requires_grad_()
+    score_TE = exact_TE.sigmoid()
+    share_TE = score_TE / score_TE.sum(1, keepdim=True)
+    expected = torch.zeros((), dtype=torch.float64)
+    for shares, experts in zip(share_TE.chunk(sequences), expert_TK.long().cpu().chunk(sequences), strict=True):
+        counts = torch.bincount(experts.flatten(), minlength=_EXPERTS)
+        expected = expected + 0.3 * _EXPERTS / _TOP_K * (counts / len(shares) * shares.mean(0)).sum()
+    yield compare("loss", loss, expected, 2.0**-20)
+    yield compare("dlogits", dlogits_TE, torch.autograd.grad(expected, exact_TE)[0], 2.0**-18)
+
+
 def _gates(logits_TE: torch.Tensor, expert_TK: torch.Tensor) -> torch.Tensor:
     chosen_TK = logits_TE.sigmoid().gather(1, expert_TK)
     return chosen_TK / chosen_TK.sum(-1, keepdim=True)
@@ -310,6 +329,7 @@ def _five_steps(matrices: torch.Tensor) -> torch.Tensor:
 CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "router": _check_router,
     "routing": _check_routing,
+    "balance_loss": _check_balance_loss,
     "layer": _check_layer,
     "attention": _check_attention,
     "mla_heads": _check_mla_heads,

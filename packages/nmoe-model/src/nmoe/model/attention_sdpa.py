@@ -4,6 +4,7 @@ Shapes: B batch, S new positions, L all positions (cache included), D model widt
 """
 
 import torch
+from nmoe.kernels.linear import linear
 from nmoe.kernels.ops import Ops
 from nmoe.model.cache import LayerCache
 from nmoe.model.layers import Linear, RMSNorm, Rope, softmax_scale
@@ -12,7 +13,7 @@ from torch import nn
 
 
 class MultiHeadAttention(nn.Module):
-    """As many key-value heads as query heads."""
+    """As many key-value heads as query heads; queries, keys and values are one product."""
 
     def __init__(self, config: ModelConfig, ops: Ops, window: int | None) -> None:
         super().__init__()
@@ -20,21 +21,20 @@ class MultiHeadAttention(nn.Module):
         self.ops, self.window, self.n_heads = ops, window, config.n_heads
         self.scale = softmax_scale(config, config.head_dim)
         width = config.n_heads * config.head_dim
-        self.wq, self.wk, self.wv = (Linear(config.dim, width) for _ in range(3))
+        self.wqkv = nn.Parameter(torch.empty(3, width, config.dim))
         self.wo = Linear(width, config.dim)
-        self.has_qk_norm = config.qk_norm
+        self.has_qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops)
             self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops)
 
     def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
         """(B, S, D) to (B, S, D); with a cache, x continues what it holds."""
-        q, k, v_BSHd = (w(x_BSD).unflatten(-1, (self.n_heads, -1)) for w in (self.wq, self.wk, self.wv))
-        if self.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q_BSHd, k_BSHd = self.ops.rope(q, *rope), self.ops.rope(k, *rope)
+        qkv_BS3Hd = linear(x_BSD, self.wqkv).unflatten(-1, (3, self.n_heads, -1))
+        gains = (self.q_norm.weight, self.k_norm.weight) if self.has_qk_norm else None
+        q_BHSd, k_BHLd, v_BHLd = self.ops.qkv_heads(qkv_BS3Hd, gains, self.norm_eps, *rope)
         if cache is not None:
-            k_BSHd, v_BSHd = cache.append(k_BSHd, v_BSHd)
-        q_BHSd, k_BHSd, v_BHSd = (x.transpose(1, 2) for x in (q_BSHd, k_BSHd, v_BSHd))
-        out_BHSd = self.ops.attention(q_BHSd, k_BHSd, v_BHSd, scale=self.scale, window=self.window)
+            k_BLHd, v_BLHd = cache.append(k_BHLd.transpose(1, 2), v_BHLd.transpose(1, 2))
+            k_BHLd, v_BHLd = k_BLHd.transpose(1, 2), v_BLHd.transpose(1, 2)
+        out_BHSd = self.ops.attention(q_BHSd, k_BHLd, v_BHLd, scale=self.scale, window=self.window)
         return self.wo(out_BHSd.transpose(1, 2).flatten(2))

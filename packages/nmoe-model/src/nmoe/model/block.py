@@ -29,11 +29,23 @@ class Block(nn.Module):
         else:
             self.ffn = MixtureOfExperts(config, ops, transport)
 
-    def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> MoeOutput:
-        """The residual stream after this block, and what its router tells."""
-        x_BSD = x_BSD + self.attn(self.attn_norm(x_BSD), rope, cache)
-        normed = self.ffn_norm(x_BSD)
+    def forward(
+        self, x_BSD: torch.Tensor, delta_BSD: torch.Tensor | None, rope: Rope, cache: LayerCache | None = None
+    ) -> tuple[torch.Tensor, MoeOutput]:
+        """Adds what the layer before left to be added, and leaves its own feed-forward part's output likewise: every
+        addition goes with the norm that follows it.
+
+        Args:
+            x_BSD: the residual stream.
+            delta_BSD: what is still to be added to it; None before the first layer.
+            rope: tables of the positions.
+            cache: what came before them.
+
+        Returns:
+            The residual stream up to the feed-forward part, and that part's output, which is still to be added.
+        """
+        x_BSD, normed_BSD = self.attn_norm.after_adding(x_BSD, delta_BSD)
+        x_BSD, normed_BSD = self.ffn_norm.after_adding(x_BSD, self.attn(normed_BSD, rope, cache))
         if isinstance(self.ffn, Mlp):
-            return MoeOutput(x_BSD + self.ffn(normed))
-        out = self.ffn(normed)
-        return out._replace(out_BSD=x_BSD + out.out_BSD)
+            return x_BSD, MoeOutput(self.ffn(normed_BSD))
+        return x_BSD, self.ffn(normed_BSD)

@@ -48,8 +48,7 @@ def _attention(config: ModelConfig) -> Shapes:
     width, heads = config.dim, config.n_heads
     if config.attn == "sdpa":
         inner = heads * (config.head_dim or 0)
-        shapes: Shapes = {f"{name}.weight": (inner, width) for name in ("wq", "wk", "wv")}
-        shapes["wo.weight"] = (width, inner)
+        shapes: Shapes = {"wqkv": (3, inner, width), "wo.weight": (width, inner)}
         if config.qk_norm:
             shapes |= {f"{name}.weight": (config.head_dim or 0,) for name in ("q_norm", "k_norm")}
         return shapes

@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, T = B·S tokens, D model width, F hidden width, E e
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+from nmoe.kernels.linear import linear
 from nmoe.kernels.ops import Ops
 from nmoe.kernels.router import router_logits_and_tokens
 from nmoe.model.schema import ModelConfig
@@ -25,7 +25,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, D) to (…, D)."""
-        return F.linear(self.ops.swiglu(F.linear(x, self.w13.flatten(0, 1))), self.w2)
+        return linear(self.ops.swiglu(linear(x, self.w13)), self.w2)
 
 
 class Experts(nn.Module):
@@ -115,23 +115,12 @@ class MixtureOfExperts(nn.Module):
 
     def _balance_loss(self, logits_TE: torch.Tensor, expert_TK: torch.Tensor, n_sequences: int) -> torch.Tensor | None:
         per_sequence, per_batch = self.config.seq_balance_loss, self.config.aux_loss
-        if not per_sequence and not per_batch:
-            return None
-        score_TE = logits_TE.sigmoid()
-        share_TE = score_TE / score_TE.sum(-1, keepdim=True)
-        loss = share_TE.new_zeros(())
+        loss: torch.Tensor | None = None
         if per_sequence:
             # Equation 18 counts the best experts by score alone: the bias must not hide what the scores prefer.
             unbiased = self.ops.route(logits_TE.detach(), torch.zeros_like(self.router.bias), top_k=expert_TK.shape[1])
-            loss = loss + per_sequence * _imbalance(share_TE, unbiased.expert_TK.long(), n_sequences)
+            loss = self.ops.balance_loss(logits_TE, unbiased.expert_TK, n_sequences=n_sequences, weight=per_sequence)
         if per_batch:
-            loss = loss + per_batch * n_sequences * _imbalance(share_TE, expert_TK.long(), 1)
+            of_batch = self.ops.balance_loss(logits_TE, expert_TK, n_sequences=1, weight=per_batch * n_sequences)
+            loss = of_batch if loss is None else loss + of_batch
         return loss
-
-
-def _imbalance(share_TE: torch.Tensor, expert_TK: torch.Tensor, groups: int) -> torch.Tensor:
-    """`E/K · Σ_e (fraction of tokens that chose e) · (mean score share of e)`, summed over equal groups of tokens; 1 a
-    group where all is even."""
-    chosen_TE = torch.zeros_like(share_TE).scatter_(1, expert_TK, 1.0)
-    share_GE, chosen_GE = (x.unflatten(0, (groups, -1)).mean(1) for x in (share_TE, chosen_TE))
-    return (share_GE * chosen_GE).sum() * (share_TE.shape[1] / expert_TK.shape[1])

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from nmoe.kernels.linear import linear
 from nmoe.kernels.ops import Ops
 from nmoe.kernels.reference.rope import rope_frequencies, rope_tables, yarn_frequencies, yarn_mscale
 from nmoe.model.schema import ModelConfig
@@ -20,7 +21,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, n_in) to (…, n_out)."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):
@@ -46,6 +47,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(…, width) to the same."""
         return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x + delta` and its norm, in one pass; x and its norm where delta is None. Use the sum, not x, from there on:
+        then the gradients of both meet in the op."""
+        return self.ops.add_rms_norm(x, delta, self.weight, self.eps)
 
 
 class RotaryEmbedding(nn.Module):

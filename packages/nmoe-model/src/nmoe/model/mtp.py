@@ -37,5 +37,5 @@ class MtpModule(nn.Module):
             rope: tables of positions i.
         """
         joined = torch.cat((self.hidden_norm(state_BSD), self.embed_norm(embedding_BSD)), dim=-1)
-        out = self.block(self.proj(joined), rope)
-        return out._replace(out_BSD=self.norm(out.out_BSD))
+        x_BSD, out = self.block(self.proj(joined), None, rope)
+        return out._replace(out_BSD=self.norm.after_adding(x_BSD, out.out_BSD)[1])

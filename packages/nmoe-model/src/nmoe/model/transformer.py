@@ -11,7 +11,7 @@ import torch
 from nmoe.kernels.ops import Ops
 from nmoe.model.block import Block
 from nmoe.model.cache import Cache
-from nmoe.model.feed_forward import MoeOutput, Router
+from nmoe.model.feed_forward import Router
 from nmoe.model.layers import Embedding, Linear, RMSNorm, RotaryEmbedding
 from nmoe.model.mtp import MtpModule
 from nmoe.model.schema import ModelConfig
@@ -102,12 +102,15 @@ class Transformer(nn.Module):
     ) -> tuple[torch.Tensor, list[_Told]]:
         start = 0 if cache is None else cache.length
         rope = self.rope(start, token_BS.shape[1], token_BS.device)
-        x_BSD, told = self.embed(token_BS), []
+        x_BSD, delta_BSD, told = self.embed(token_BS), None, []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x_BSD, balance, load_E = _run(layer, i in recompute, x_BSD, rope, layer_cache)
-            told.append((balance, load_E))
-        return self.norm(x_BSD), told
+            if i in recompute and delta_BSD is not None:
+                x_BSD, delta_BSD = x_BSD + delta_BSD, None  # the same sum, and one tensor to keep instead of two
+            x_BSD, out = _run(layer, i in recompute, x_BSD, delta_BSD, rope, layer_cache)
+            delta_BSD = out.out_BSD
+            told.append((out.balance, out.load_E))
+        return self.norm.after_adding(x_BSD, delta_BSD)[1], told
 
     def logits(self, token_BS: torch.Tensor, cache: Cache | None = None, *, last_only: bool = False) -> torch.Tensor:
         """Next-token logits (B, S, V), or (B, 1, V) of the last position."""
@@ -170,7 +173,7 @@ class Transformer(nn.Module):
         return dict(self.state_dict())
 
 
-def _run(layer: nn.Module, recompute: bool, *inputs: Any) -> MoeOutput:
+def _run(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:
     """What `layer` gives. If it is to be recomputed, only its inputs stay: the backward calls it again, and so its
     forward must touch nothing but what it returns."""
     if not recompute:

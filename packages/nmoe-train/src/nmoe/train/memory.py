@@ -92,7 +92,7 @@ def _layer_activations(config: TrainingConfig, layer: int) -> int:
     hidden, top_k = model.moe_inter_dim or 0, model.n_activated_experts or 0
     total += tokens * width * (2 * top_k + 3 * model.n_shared_experts) * hidden
     if config.runtime.kernels == "native":
-        total += tokens * 4 * 2 * (model.n_routed_experts or 0)  # the router's scores
+        total += tokens * 4 * (model.n_routed_experts or 0)  # the router's logits
         return total + tokens * top_k * 4 * 4  # row indices
     total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # its fp32 input too
     return total + tokens * top_k * 8 * 3
@@ -100,10 +100,11 @@ def _layer_activations(config: TrainingConfig, layer: int) -> int:
 
 def _attention_width(model: ModelConfig) -> int:
     """Elements a token that attention keeps: query, key, value, output (twice: as attention and as projection see it),
-    and MLA's latents before and after their norms."""
+    and MLA's latents before and after their norms. Plain attention's value is a view of the product of all three, whose
+    queries and keys are there beside those that norm and RoPE gave."""
     heads = model.n_heads
     if model.attn == "sdpa":
-        return 5 * heads * (model.head_dim or 0)
+        return 7 * heads * (model.head_dim or 0)
     qk = (model.qk_nope_head_dim or 0) + (model.qk_rope_head_dim or 0)
     value = model.v_head_dim or 0
     return heads * (2 * qk + 3 * value) + 2 * (model.kv_lora_rank or 0) + 2 * (model.q_lora_rank or 0)
@@ -125,18 +126,6 @@ def _workspace(config: TrainingConfig) -> int:
 
 
 def _backward_temporaries(config: TrainingConfig, layer: int) -> int:
-    """Of attention or of the feed-forward part, whichever takes more."""
-    return max(_attention_temporaries(config, layer), _feed_forward_temporaries(config, layer))
-
-
-def _attention_temporaries(config: TrainingConfig, layer: int) -> int:
-    """cuDNN's deterministic backward of global attention writes the gradients of all scores, S by S a head, in bf16."""
-    if config.runtime.kernels == "reference" or config.model.is_local(layer):
-        return 0
-    return 2 * config.train.micro_batch_size * config.model.n_heads * config.train.seq_len**2
-
-
-def _feed_forward_temporaries(config: TrainingConfig, layer: int) -> int:
     model, width = config.model, _bytes(config)
     if model.is_dense(layer):
         return 0

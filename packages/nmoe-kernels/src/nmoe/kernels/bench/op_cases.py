@@ -11,7 +11,17 @@ from nmoe.kernels.bench.op_attention import attention
 from nmoe.kernels.bench.op_case import Case
 from nmoe.kernels.bench.op_cross_entropy import linear_cross_entropy
 from nmoe.kernels.bench.op_optimizer import adamw, global_norm, newton_schulz
-from nmoe.kernels.bench.op_rows import combine, mla_heads, rms_norm, rope, route, swiglu
+from nmoe.kernels.bench.op_rows import (
+    add_rms_norm,
+    balance_loss,
+    combine,
+    mla_heads,
+    qkv_heads,
+    rms_norm,
+    rope,
+    route,
+    swiglu,
+)
 
 CASES: Mapping[str, Callable[[], Sequence[Case]]] = {
     "rms_norm": lambda: [
@@ -19,6 +29,8 @@ CASES: Mapping[str, Callable[[], Sequence[Case]]] = {
         *rms_norm(65_536, 768),
         *rms_norm(786_432, 64),  # super's queries, head by head
     ],
+    "add_rms_norm": lambda: [*add_rms_norm(16_384, 2048), *add_rms_norm(65_536, 768)],
+    "qkv_heads": lambda: qkv_heads(32, 2048, 12, 64),
     "rope": lambda: rope(32, 2048, 12, 64),
     "mla_heads": lambda: mla_heads(4, 4096, 16, 128, 64, 128),
     "swiglu": lambda: [
@@ -31,6 +43,7 @@ CASES: Mapping[str, Callable[[], Sequence[Case]]] = {
         *linear_cross_entropy(65_536, 768, 50_304, chunk=8192),
     ],
     "route": lambda: [*route(16_384, 64, 6), *route(65_536, 256, 7)],
+    "balance_loss": lambda: [*balance_loss(16_384, 64, 6, 4), *balance_loss(65_536, 256, 7, 32)],
     "combine": lambda: [*combine(16_384, 2048, 1408, 64, 6), *combine(65_536, 768, 384, 256, 7)],
     "attention": lambda: [
         *attention(4, 16, 4096, 192, 128),

@@ -35,6 +35,51 @@ def rms_norm(tokens: int, width: int) -> list[Case]:
     return [Case("rms_norm", part, f"{tokens}x{width}", work, _of(make, part)) for part, work in works.items()]
 
 
+def add_rms_norm(tokens: int, width: int) -> list[Case]:
+    """A residual's addition and the norm that follows; the gain's gradient to its fp32 `main_grad`."""
+    elements = tokens * width
+
+    def make(setting: Setting, part: str) -> Run:
+        x_TD, delta_TD, gain_D = setting.leaf(tokens, width), setting.leaf(tokens, width), setting.weight(width)
+        if part == "forward":
+            return lambda: setting.ops.add_rms_norm(x_TD, delta_TD, gain_D, _EPS)
+        outputs = setting.ops.add_rms_norm(x_TD, delta_TD, gain_D, _EPS)
+        gradients = [setting.normal(tokens, width) for _ in outputs]
+        return backward(outputs, (x_TD, delta_TD, gain_D), gradients)
+
+    # Forward: x, what is added and gain read, sum and norm written. Backward: the sum, both outputs' gradients and gain
+    # read, one gradient, which is x's and the other's, and the gain's written.
+    works = {
+        "forward": Work(4 * BF16 * elements + BF16 * width),
+        "backward": Work(4 * BF16 * elements + (BF16 + FP32) * width),
+    }
+    return [Case("add_rms_norm", part, f"{tokens}x{width}", work, _of(make, part)) for part, work in works.items()]
+
+
+def qkv_heads(batch: int, length: int, heads: int, width: int) -> list[Case]:
+    """Plain attention's product, queries and keys normed; gradients lie in memory as (B, S, H, d)."""
+
+    def make(setting: Setting, part: str) -> Run:
+        qkv_BS3Hd = setting.leaf(batch, length, 3, heads, width)
+        gains, tables = (setting.weight(width), setting.weight(width)), _tables(setting, length, width)
+        if part == "forward":
+            return lambda: setting.ops.qkv_heads(qkv_BS3Hd, gains, _EPS, *tables)
+        outputs = setting.ops.qkv_heads(qkv_BS3Hd, gains, _EPS, *tables)
+        gradients = [setting.normal(batch, length, heads, width).transpose(1, 2) for _ in outputs]
+        return backward(outputs, (qkv_BS3Hd, *gains), gradients)
+
+    elements = batch * length * heads * width
+    shared = 2 * FP32 * length * (width // 2) + 2 * BF16 * width  # tables and gains
+    works = {
+        # Queries and keys read and written; values stay where they are.
+        "forward": Work(4 * BF16 * elements + shared),
+        # Three gradients, queries and keys read; the product's gradient, of three, and the gains' written.
+        "backward": Work(8 * BF16 * elements + shared + 2 * FP32 * width),
+    }
+    shape = f"{batch}x{length}x3x{heads}x{width}"
+    return [Case("qkv_heads", part, shape, work, _of(make, part)) for part, work in works.items()]
+
+
 def rope(batch: int, length: int, heads: int, width: int) -> list[Case]:
     """(B, S, H, d), all of d turned."""
 
@@ -123,6 +168,31 @@ def route(tokens: int, n_experts: int, top_k: int) -> list[Case]:
     }
     shape = f"{tokens}x{n_experts},{top_k}"
     return [Case("route", part, shape, work, _of(make, part)) for part, work in works.items()]
+
+
+def balance_loss(tokens: int, n_experts: int, top_k: int, sequences: int) -> list[Case]:
+    """Logits and chosen experts to one loss of all sequences; backward from the loss's gradient to the logits'."""
+
+    def make(setting: Setting, part: str) -> Run:
+        logits_TE = setting.leaf(tokens, n_experts, dtype=torch.float32)
+        bias_E = torch.zeros(n_experts, device=setting.device)
+        expert_TK = setting.ops.route(logits_TE.detach(), bias_E, top_k=top_k).expert_TK
+
+        def forward() -> torch.Tensor:
+            return setting.ops.balance_loss(logits_TE, expert_TK, n_sequences=sequences, weight=1.0)
+
+        if part == "forward":
+            return forward
+        return backward(forward(), (logits_TE,), torch.ones((), device=setting.device))
+
+    # Forward: logits and experts read, the loss written. Backward: the loss's gradient and logits read, the logits'
+    # gradients written; how often each expert was chosen is the forward's to keep.
+    works = {
+        "forward": Work(FP32 * tokens * n_experts + INT32 * tokens * top_k + FP32),
+        "backward": Work(FP32 + 2 * FP32 * tokens * n_experts),
+    }
+    shape = f"{sequences}x{tokens // sequences}x{n_experts},{top_k}"
+    return [Case("balance_loss", part, shape, work, _of(make, part)) for part, work in works.items()]
 
 
 def combine(tokens: int, width: int, hidden: int, n_experts: int, top_k: int) -> list[Case]:

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.errors import KernelError, ShapeError
-from nmoe.kernels.native.attention_window_backward_triton import window_gradients
-from nmoe.kernels.native.attention_window_tiles_triton import (
-    WIDEST_KEY,
-    WIDEST_VALUE,
+from nmoe.kernels.native.attention_backward_triton import attention_gradients
+from nmoe.kernels.native.attention_tiles_triton import (
     ahead_of_launch,
+    check_heads,
     describe,
     describe_parts,
     empty_heads,
@@ -61,7 +59,7 @@ def _forward_kernel(
     REST: tl.constexpr,
     VALUE: tl.constexpr,
 ):
-    batch, head, query = owned(heads, length, QUERIES)
+    batch, head, query = owned(heads, length, QUERIES, True)
     q_tile = load_tile(q, batch, head, query, 0, QUERIES, WIDTH)
     if REST:
         q_rest_tile = load_tile(q_rest, batch, head, query, WIDTH, QUERIES, REST)
@@ -110,34 +108,9 @@ def window_attention(
         ShapeError: a tensor or the window is not as described; the message says how to mend it.
         KernelError: the scale is not.
     """
-    _check(q_BHSd, k_BHSd, v_BHSv, scale, window)
-    return _forward_op(q_BHSd, k_BHSd, v_BHSv, scale, window)[0]
-
-
-def _check(q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, scale: float, window: int) -> None:
     check_attention_shapes(q_BHSd, k_BHSd, v_BHSv, window)
-    tensors = (q_BHSd, k_BHSd, v_BHSv)
-    width, value = q_BHSd.shape[3], v_BHSv.shape[3]
-    if q_BHSd.shape[2] != k_BHSd.shape[2]:
-        raise ShapeError(
-            f"expected as many queries as keys, found {q_BHSd.shape[2]} and {k_BHSd.shape[2]}: "
-            "call nmoe.kernels.reference.attention.attention"
-        )
-    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
-        raise ShapeError(
-            f"expected q, k and v of torch.bfloat16, found {', '.join(str(tensor.dtype) for tensor in tensors)}: "
-            "convert them, or set runtime.kernels = 'reference'"
-        )
-    if width % 16 or value % 16 or not (16 <= width <= WIDEST_KEY and 16 <= value <= WIDEST_VALUE):
-        raise ShapeError(
-            f"expected widths of multiples of 16, of keys up to {WIDEST_KEY} and of values up to {WIDEST_VALUE}; found "
-            f"{width} and {value}: pad them, or set runtime.kernels = 'reference'"
-        )
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    if len(devices) > 1:
-        raise ShapeError(f"expected all tensors on one device, found {', '.join(devices)}: move them to one")
-    if not 0 < scale < math.inf:
-        raise KernelError(f"expected a finite scale above 0, found {scale}: set runtime.kernels = 'reference'")
+    check_heads(q_BHSd, k_BHSd, v_BHSv, scale)
+    return _forward_op(q_BHSd, k_BHSd, v_BHSv, scale, window)[0]
 
 
 def _forward(
@@ -193,7 +166,7 @@ _LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _LIBRARY.impl("window_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("window_attention_backward", window_gradients, "CompositeExplicitAutograd")
+_LIBRARY.impl("window_attention_backward", attention_gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("nmoe::window_attention", _allocate, lib=_LIBRARY)
 torch.library.register_fake("nmoe::window_attention_backward", _allocate_gradients, lib=_LIBRARY)
 torch.library.register_autograd("nmoe::window_attention", _gradient, setup_context=_keep_for_backward, lib=_LIBRARY)

@@ -1,4 +1,5 @@
-"""What cross-entropy does between its matrix products, in two reads of the logits and one write of their gradient.
+"""What cross-entropy does between its matrix products, in two reads of the logits and one write of their gradient: for
+rows that `cross_entropy_cuda`, which reads them once, does not take.
 
 One program scores a row. Each of its lanes keeps a maximum and a sum of exponentials of its own, one exponential an
 element (online softmax, https://arxiv.org/abs/1805.02867), so that only the end of a row waits for other lanes. One
@@ -77,12 +78,8 @@ def score_rows(
     Raises:
         ShapeError: a shape, dtype, device or layout is not as above.
     """
+    check_rows(logits_CV, target_C, nll_C, dlogits_CV)
     rows, vocab = logits_CV.shape
-    _require("logits", logits_CV, (rows, vocab), torch.float32, logits_CV)
-    _require("target", target_C, (rows,), torch.int64, logits_CV)
-    _require("nll", nll_C, (rows,), torch.float32, logits_CV)
-    if dlogits_CV is not None:
-        _require("dlogits", dlogits_CV, (rows, vocab), torch.bfloat16, logits_CV)
     if rows == 0:
         return
     with torch.cuda.device_of(logits_CV):
@@ -96,6 +93,22 @@ def score_rows(
             **_SIZES,
             **_OPTIONS,
         )
+
+
+def check_rows(
+    logits_CV: torch.Tensor, target_C: torch.Tensor, nll_C: torch.Tensor, dlogits_CV: torch.Tensor | None
+) -> None:
+    """That these are what `score_rows` takes.
+
+    Raises:
+        ShapeError: a shape, dtype, device or layout is not as there.
+    """
+    rows, vocab = logits_CV.shape
+    _require("logits", logits_CV, (rows, vocab), torch.float32, logits_CV)
+    _require("target", target_C, (rows,), torch.int64, logits_CV)
+    _require("nll", nll_C, (rows,), torch.float32, logits_CV)
+    if dlogits_CV is not None:
+        _require("dlogits", dlogits_CV, (rows, vocab), torch.bfloat16, logits_CV)
 
 
 def _require(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, beside: torch.Tensor) -> None:

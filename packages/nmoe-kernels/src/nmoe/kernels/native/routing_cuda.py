@@ -47,7 +47,7 @@ _BACKWARD, _COUNT, _INDEX = (CudaKernel(source) for source in (_BACKWARD_SOURCE,
 
 
 class Routing(NamedTuple):
-    """Which experts a token goes to. A balance loss takes its scores from `logits_TE.sigmoid()`."""
+    """Which experts a token goes to."""
 
     expert_TK: torch.Tensor
     """int32, in falling order of biased score; ties go to the lower expert id."""

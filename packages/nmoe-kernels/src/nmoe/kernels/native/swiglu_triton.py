@@ -12,15 +12,18 @@ from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 from torch.autograd.function import once_differentiable
 
-_BLOCK = 1024
+_ELEMENTS = 1024
+"""Of the output that a program computes: so many columns of a row, or fewer of several rows."""
+_BLOCKS = (1024, 512, 256, 128)
+_MOST_PADDING = 1.1
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fusion said: Triton 3.10 changes the default
 
 
-@triton.jit
-def _forward_kernel(pre_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < hidden
+@triton.jit(do_not_specialize=["rows"])
+def _forward_kernel(pre_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < hidden)
     gate_ptr = pre_ptr + row * 2 * hidden
     gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + hidden + column, mask=inside, other=0.0).to(tl.float32)
@@ -28,11 +31,11 @@ def _forward_kernel(pre_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * hidden + column, out.to(tl.bfloat16), mask=inside)
 
 
-@triton.jit
-def _backward_kernel(dout_ptr, pre_ptr, dpre_ptr, hidden, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < hidden
+@triton.jit(do_not_specialize=["rows"])
+def _backward_kernel(dout_ptr, pre_ptr, dpre_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < hidden)
     gate_ptr = pre_ptr + row * 2 * hidden
     gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptr + hidden + column, mask=inside, other=0.0).to(tl.float32)
@@ -83,27 +86,38 @@ class _SwiGLU(torch.autograd.Function):
 def _launch(kernel: Any, like_TF: torch.Tensor, *tensors: torch.Tensor) -> None:
     hidden = like_TF.shape[-1]
     if like_TF.numel():
-        grid = (like_TF.numel() // hidden, triton.cdiv(hidden, _BLOCK))
+        rows, tile = like_TF.numel() // hidden, _tile(hidden)
+        grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(hidden, tile["BLOCK"]))
         with torch.cuda.device_of(like_TF):
-            kernel[grid](*tensors, hidden, BLOCK=_BLOCK, **_OPTIONS)
+            kernel[grid](*tensors, rows, hidden, **tile, **_OPTIONS)
 
 
-def _ahead(name: str, function: str, *pointers: str) -> TritonKernel:
-    types = dict.fromkeys(pointers, "*bf16") | {"hidden": "i32"}
+def _tile(hidden: int) -> dict[str, int]:
+    """The widest block that leaves little of its columns beyond the last."""
+    fits = (block for block in _BLOCKS if triton.cdiv(hidden, block) * block <= _MOST_PADDING * hidden)
+    return _tile_of(next(fits, _BLOCKS[-1]))
+
+
+def _tile_of(block: int) -> dict[str, int]:
+    return {"ROWS": _ELEMENTS // block, "BLOCK": block}
+
+
+def _ahead(name: str, function: str, block: int, *pointers: str) -> TritonKernel:
+    types = dict.fromkeys(pointers, "*bf16") | {"rows": "i32", "hidden": "i32"}
     return TritonKernel(
-        name,
+        f"{name}_{block}",
         __name__,
         function,
         ("sm_90a", "sm_100a"),
         tuple(types.items()),
-        constants=(("BLOCK", _BLOCK),),
-        aligned=tuple(types),
+        constants=tuple(_tile_of(block).items()),
+        aligned=(*pointers, "hidden"),
         options=tuple(_OPTIONS.items()),
     )
 
 
 TRITON_KERNELS = (
-    _ahead("swiglu", "_forward_kernel", "pre_ptr", "out_ptr"),
-    _ahead("swiglu_backward", "_backward_kernel", "dout_ptr", "pre_ptr", "dpre_ptr"),
+    *(_ahead("swiglu", "_forward_kernel", block, "pre_ptr", "out_ptr") for block in _BLOCKS),
+    *(_ahead("swiglu_backward", "_backward_kernel", block, "dout_ptr", "pre_ptr", "dpre_ptr") for block in _BLOCKS),
 )
 """What is compiled ahead: for widths of multiples of 16."""

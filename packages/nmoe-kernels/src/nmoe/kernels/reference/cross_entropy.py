@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import claim
+from nmoe.kernels.reference.matmul import mm_into
 from torch.autograd.function import once_differentiable
 
 ScoreRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
@@ -97,12 +98,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_CD = x_TD[start : start + rows]
             logits = logits_CV[: x_CD.shape[0]]
             dlogits = None if dlogits_CV is None else dlogits_CV[: x_CD.shape[0]]
-            _product(logits, x_CD, weight_VD.t(), add=False)
+            mm_into(logits, x_CD, weight_VD.t(), add=False)
             score_rows(logits, target_T[start : start + rows], nll_T[start : start + rows], dlogits)
             if dx_TD is not None and dlogits is not None:
-                _product(dx_TD[start : start + rows], dlogits, weight_VD, add=False)
+                mm_into(dx_TD[start : start + rows], dlogits, weight_VD, add=False)
             if dweight_VD is not None and dlogits is not None:
-                _product(dweight_VD, dlogits.t(), x_CD, add=start > 0)
+                mm_into(dweight_VD, dlogits.t(), x_CD, add=start > 0)
         ctx.weight = weight_VD  # the very parameter: its main_grad is looked up when the gradient is there
         ctx.save_for_backward(dx_TD, dweight_VD)
         return nll_T.sum(dtype=torch.float64).to(wide)
@@ -122,18 +123,6 @@ def _chunk_rows(n_rows: int, vocab: int) -> int:
     """A power of two, as T mostly is too: whole chunks, whose products are whole tiles in whole waves."""
     most = max(1, _CHUNK_ELEMENTS // vocab)
     return max(1, min(n_rows, 1 << (most.bit_length() - 1)))
-
-
-def _product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, add: bool) -> None:
-    """`a @ b` into (or added to) a tensor of the operands' dtype or wider, with no rounding in between."""
-    wider = into.dtype != a.dtype
-    if wider and not a.is_cuda:
-        return _product(into, a.to(into.dtype), b.to(into.dtype), add=add)
-    options: dict[str, Any] = {"out_dtype": into.dtype} if wider else {}
-    if add:
-        torch.addmm(into, a, b, out=into, **options)
-    else:
-        torch.mm(a, b, out=into, **options)
 
 
 def _deliver_product(weight: torch.Tensor, grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ Shapes: R rows, e experts, N and M widths. `offset_E` is int32 (e + 1).
 from itertools import pairwise
 
 import torch
-from nmoe.kernels.reference.matmul import add_mm_wide
+from nmoe.kernels.reference.matmul import mm_into
 
 
 def grouped_gemm(a_RN: torch.Tensor, weight_eNM: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def grouped_wgrad(
     if not add:
         into_eMN.zero_()
     for expert, (start, end) in _ranges(offset_E):
-        add_mm_wide(into_eMN[expert], a_RM[start:end].t(), b_RN[start:end])
+        mm_into(into_eMN[expert], a_RM[start:end].t(), b_RN[start:end], add=True)
 
 
 def _ranges(offset_E: torch.Tensor) -> list[tuple[int, tuple[int, int]]]:

@@ -14,6 +14,7 @@ from nmoe.kernels.runtime.triton_aot import TritonKernel
 _CUDA_MODULES: tuple[str, ...] = (
     "nmoe.kernels.native.adamw_cuda",
     "nmoe.kernels.native.combine_cuda",
+    "nmoe.kernels.native.cross_entropy_cuda",
     "nmoe.kernels.native.global_norm_cuda",
     "nmoe.kernels.native.grouped_gemm_cuda",
     "nmoe.kernels.native.muon_cuda",
@@ -24,13 +25,15 @@ _CUDA_MODULES: tuple[str, ...] = (
 
 # Modules of Triton kernels, one a line: each has `TRITON_KERNELS: tuple[TritonKernel, ...]`.
 _TRITON_MODULES: tuple[str, ...] = (
-    "nmoe.kernels.native.attention_window_backward_triton",
+    "nmoe.kernels.native.attention_backward_triton",
     "nmoe.kernels.native.attention_window_triton",
+    "nmoe.kernels.native.balance_triton",
     "nmoe.kernels.native.cross_entropy_triton",
     "nmoe.kernels.native.grouped_gemm_triton",
     "nmoe.kernels.native.mla_triton",
     "nmoe.kernels.native.newton_schulz_triton",
     "nmoe.kernels.native.norm_triton",
+    "nmoe.kernels.native.qkv_triton",
     "nmoe.kernels.native.rope_triton",
     "nmoe.kernels.native.router_triton",
     "nmoe.kernels.native.swiglu_triton",

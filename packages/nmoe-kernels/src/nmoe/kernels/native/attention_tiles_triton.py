@@ -1,4 +1,4 @@
-"""What the kernels of window attention share: how their work is cut into tiles, and how a tile is found in memory.
+"""What the kernels of attention share: how their work is cut into tiles, and how a tile is found in memory.
 
 Tiles come by TMA, by a descriptor of the whole tensor: it takes any strides, fills with zeros what lies beyond the last
 position or column, and drops what is stored there. A width that is no power of two is the sum of two parts, each a
@@ -6,6 +6,7 @@ power of two, of which the second may reach beyond the last column: 192 = 128 + 
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from nmoe.kernels.arch import detect_arch
-from nmoe.kernels.errors import UnsupportedArchError
+from nmoe.kernels.errors import KernelError, ShapeError, UnsupportedArchError
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -41,25 +42,30 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
-_NARROW_WINDOW = 256
-"""Up to it, a small tile's fewer hidden scores count for more than a large tile's fewer loads."""
+Reach = Literal["narrow", "wide", "all"]
+"""Of a window: up to 256, where a small tile's fewer hidden scores count for more than a large tile's fewer loads;
+up to 1024; beyond, or no window at all."""
 
-_HOPPER: dict[tuple[int, int, bool], Tiles] = {
-    (64, 64, True): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
-    (64, 64, False): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
-    (128, 128, True): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (128, 128, False): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
-    (192, 128, True): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
-    (192, 128, False): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
+_HOPPER: dict[tuple[int, int, Reach], Tiles] = {
+    (64, 64, "narrow"): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (64, 64, "wide"): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    (64, 64, "all"): Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(32, 128, 4, 3)),
+    (128, 128, "narrow"): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (128, 128, "wide"): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
+    (128, 128, "all"): Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+    (192, 128, "narrow"): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
+    (192, 128, "wide"): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
+    (192, 128, "all"): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
 }
-_BLACKWELL = {  # never timed; where Hopper's would spill, the tile of the other windows
+_BLACKWELL = {  # never timed; where Hopper's would spill, another's
     **_HOPPER,
-    (128, 128, True): _HOPPER[128, 128, True]._replace(forward=Tile(64, 64, 4, 3)),
-    (192, 128, False): _HOPPER[192, 128, False]._replace(forward=Tile(64, 32, 4, 2)),
+    (64, 64, "all"): _HOPPER[64, 64, "all"]._replace(forward=Tile(64, 64, 4, 2)),
+    (128, 128, "narrow"): _HOPPER[128, 128, "narrow"]._replace(forward=Tile(64, 64, 4, 3)),
+    (192, 128, "wide"): _HOPPER[192, 128, "wide"]._replace(forward=Tile(64, 32, 4, 2)),
 }
 TILES = {"sm_90a": _HOPPER, "sm_100a": _BLACKWELL}
-"""By arch; the most columns of keys and of values; and whether the window is narrow. The fastest found on an H200 at
-B 8, H 16, S 4096 (widths of 64: B 32, H 12, S 2048) and windows of 128 and 512."""
+"""By arch; the most columns of keys and of values; and the window's reach. The fastest found on an H200 at B 8, H 16,
+S 4096 (widths of 64: B 32, H 12, S 2048) and windows of 128, of 512, and none."""
 
 
 def tiles_of(width: int, value: int, window: int, device: torch.device) -> Tiles:
@@ -69,17 +75,50 @@ def tiles_of(width: int, value: int, window: int, device: torch.device) -> Tiles
         UnsupportedArchError: there are no tiles for the device.
     """
     key, value = next(wide for wide in ((64, 64), (128, 128), (192, 128)) if width <= wide[0] and value <= wide[1])
-    return _tiles_by_widths(device)[key, value, window <= _NARROW_WINDOW]
+    reach: Reach = "narrow" if window <= 256 else "wide" if window <= 1024 else "all"
+    return _tiles_by_widths(device)[key, value, reach]
 
 
 @functools.cache
-def _tiles_by_widths(device: torch.device) -> dict[tuple[int, int, bool], Tiles]:
+def _tiles_by_widths(device: torch.device) -> dict[tuple[int, int, Reach], Tiles]:
     arch = "sm_90a" if device.type == "cpu" else detect_arch(device)  # on the CPU Triton interprets
     if arch not in TILES:
         raise UnsupportedArchError(
-            f"expected one of {', '.join(TILES)} for window attention, found {arch}: set runtime.kernels = 'reference'"
+            f"expected one of {', '.join(TILES)} for the attention kernels, found {arch}: "
+            "set runtime.kernels = 'reference'"
         )
     return TILES[arch]
+
+
+def check_heads(q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, scale: float) -> None:
+    """Refuses what the kernels cannot take.
+
+    Raises:
+        ShapeError: lengths, dtypes, widths or devices; the message says how to mend it.
+        KernelError: the scale.
+    """
+    tensors = (q_BHSd, k_BHSd, v_BHSv)
+    width, value = q_BHSd.shape[3], v_BHSv.shape[3]
+    if q_BHSd.shape[2] != k_BHSd.shape[2]:
+        raise ShapeError(
+            f"expected as many queries as keys, found {q_BHSd.shape[2]} and {k_BHSd.shape[2]}: "
+            "call nmoe.kernels.reference.attention.attention"
+        )
+    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
+        raise ShapeError(
+            f"expected q, k and v of torch.bfloat16, found {', '.join(str(tensor.dtype) for tensor in tensors)}: "
+            "convert them, or set runtime.kernels = 'reference'"
+        )
+    if width % 16 or value % 16 or not (16 <= width <= WIDEST_KEY and 16 <= value <= WIDEST_VALUE):
+        raise ShapeError(
+            f"expected widths of multiples of 16, of keys up to {WIDEST_KEY} and of values up to {WIDEST_VALUE}; found "
+            f"{width} and {value}: pad them, or set runtime.kernels = 'reference'"
+        )
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    if len(devices) > 1:
+        raise ShapeError(f"expected all tensors on one device, found {', '.join(devices)}: move them to one")
+    if not 0 < scale < math.inf:
+        raise KernelError(f"expected a finite scale above 0, found {scale}: set runtime.kernels = 'reference'")
 
 
 class Widths(NamedTuple):
@@ -170,7 +209,7 @@ def ahead_of_launch(
     """
     return tuple(
         TritonKernel(
-            f"{name}_{key}_{value}_{'narrow' if narrow else 'wide'}_{arch}",
+            f"{name}_{key}_{value}_{reach}_{arch}",
             module,
             function,
             (arch,),
@@ -184,7 +223,7 @@ def ahead_of_launch(
             options=tuple(options_of(tiles[kernel]).items()),
         )
         for arch, by_widths in TILES.items()
-        for (key, value, narrow), tiles in by_widths.items()
+        for (key, value, reach), tiles in by_widths.items()
     )
 
 
@@ -200,12 +239,16 @@ def _type_of(tensor: str, tile: Tile, widths: Widths) -> str:
 
 
 @triton.jit
-def owned(heads, length, ROWS: tl.constexpr):
+def owned(heads, length, ROWS: tl.constexpr, LAST_FIRST: tl.constexpr):
     """Batch, head and first position of this program: heads run fastest, as in memory, so that a page is read whole
-    and neighbours in position, which share keys, run at the same time."""
+    and neighbours in position, which share keys, run at the same time. Longest programs first: without a window, those
+    of the last queries and of the first keys."""
     program = tl.program_id(0)
     blocks = tl.cdiv(length, ROWS)
-    return program // heads // blocks, program % heads, program // heads % blocks * ROWS
+    block = program // heads % blocks
+    if LAST_FIRST:
+        block = blocks - 1 - block
+    return program // heads // blocks, program % heads, block * ROWS
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""The two kernels of window attention's backward; see `nmoe.kernels.native.attention_window_triton`.
+"""The two kernels of causal attention's backward, under a window or none, deterministic to the bit.
+
+Scores are computed in both, seven products in place of five: so neither waits for the other's sums, and no sum is made
+in the order of the day.
 
 The first goes before the second, which reads what it leaves: each query's sum of output times its gradient.
 """
@@ -8,7 +11,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.native.attention_window_tiles_triton import (
+from nmoe.kernels.native.attention_tiles_triton import (
     ahead_of_launch,
     describe,
     describe_parts,
@@ -48,7 +51,7 @@ def _dq_kernel(
     REST: tl.constexpr,
     VALUE: tl.constexpr,
 ):
-    batch, head, query = owned(heads, length, QUERIES)
+    batch, head, query = owned(heads, length, QUERIES, True)
     row = query + tl.arange(0, QUERIES)
     place = (batch * heads + head).to(tl.int64) * length + row
     out_tile = load_tile(out, batch, head, query, 0, QUERIES, VALUE)
@@ -107,7 +110,7 @@ def _dkdv_kernel(
     REST: tl.constexpr,
     VALUE: tl.constexpr,
 ):
-    batch, head, key = owned(heads, length, KEYS)
+    batch, head, key = owned(heads, length, KEYS, False)
     k_tile = load_tile(k, batch, head, key, 0, KEYS, WIDTH)
     v_tile = load_tile(v, batch, head, key, 0, KEYS, VALUE)
     dk_sums = tl.zeros((KEYS, WIDTH), tl.float32)
@@ -142,7 +145,7 @@ def _dkdv_kernel(
         store_tile(dk_rest, batch, head, key, WIDTH, rest_sums * scale)
 
 
-def window_gradients(
+def attention_gradients(
     dout_BHSv: torch.Tensor,
     q_BHSd: torch.Tensor,
     k_BHSd: torch.Tensor,
@@ -209,7 +212,7 @@ _NUMBERS = ("level_ptr", "delta_ptr")
 
 TRITON_KERNELS = (
     *ahead_of_launch(
-        "window_attention_dq",
+        "attention_dq",
         __name__,
         "_dq_kernel",
         (*_TENSORS, "out", "dout", "dq", "dq_rest", *_NUMBERS),
@@ -217,7 +220,7 @@ TRITON_KERNELS = (
         1,
     ),
     *ahead_of_launch(
-        "window_attention_dkdv",
+        "attention_dkdv",
         __name__,
         "_dkdv_kernel",
         (*_TENSORS, "dout", "dk", "dk_rest", "dv", *_NUMBERS),
