@@ -212,6 +212,8 @@ def test_the_shapes_that_bound_a_step_are_measured() -> None:
     assert bytes_of["adamw step 3e8 fp32"] == 28 * 3 * 10**8
     assert bytes_of["global_norm norm 8 of 250000000"] == 8 * 10**9 + 4
     assert bytes_of["linear_cross_entropy rows 2048x201088"] == 6 * 2048 * 201088 + 12 * 2048
+    assert bytes_of["rms_norm forward 16384x512"] == 2 * (2 * 16_384 + 1) * 512
+    assert bytes_of["rope forward 4x4096x1x64"] == 4 * 4 * 4096 * 64 + 2 * 4 * 4096 * 32
 
 
 def test_bound_is_the_longer_one() -> None:

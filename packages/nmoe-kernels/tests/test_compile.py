@@ -162,8 +162,11 @@ def test_an_arch_without_kernels_is_refused_by_name(listed, arch: str, capsys) -
 
 
 def test_two_kernels_of_one_name_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(catalog, "_TRITON_MODULES", catalog._TRITON_MODULES[:1] * 2)
-    with pytest.raises(KernelError, match="more of "):
+    one = catalog._TRITON_MODULES[:1]
+    monkeypatch.setattr(catalog, "_TRITON_MODULES", one)
+    names = sorted(kernel.name for kernel in triton_kernels())
+    monkeypatch.setattr(catalog, "_TRITON_MODULES", one * 2)
+    with pytest.raises(KernelError, match=f"more of {', '.join(names)}: rename"):
         triton_kernels()
 
 

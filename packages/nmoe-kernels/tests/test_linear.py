@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.linear import linear
 
 
@@ -65,3 +66,23 @@ def test_an_expanded_gradient() -> None:
     out = linear(x, weight)
     out.sum().backward()
     torch.testing.assert_close(weight.grad, x.detach().sum((0, 1)).expand(2, 4, 6))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "found"),
+    [
+        (
+            torch.zeros(3, 5),
+            torch.zeros(4, 6),
+            r"found \(3, 5\) of torch\.float32 on cpu and \(4, 6\) of torch\.float32",
+        ),
+        (torch.zeros(3, 6), torch.zeros(4, 6).bfloat16(), r"\(3, 6\) of torch\.float32 .* \(4, 6\) of torch\.bfloat16"),
+        (torch.zeros(3, 6), torch.zeros(4, 6, device="meta"), "on cpu and .* on meta"),
+        (torch.zeros(()), torch.zeros(4, 6), r"found \(\) of"),
+        (torch.zeros(3, 6), torch.zeros(6), r"and \(6,\) of"),
+    ],
+    ids=["width", "dtype", "device", "scalar", "vector"],
+)
+def test_what_does_not_belong_together_is_refused(x: torch.Tensor, weight: torch.Tensor, found: str) -> None:
+    with pytest.raises(ShapeError, match=f"expected x .*{found}.*: convert x to what the weight takes"):
+        linear(x, weight)

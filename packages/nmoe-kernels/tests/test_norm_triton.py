@@ -190,7 +190,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any) -> None:
 
     kinds = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     launched = set()
-    for width, add in [(width, False) for width in (64, 128, 512, 768, 2048)] + [(768, True), (2048, True)]:
+    for width, add in [(width, False) for width in (512, 768, 2048)] + [(768, True), (2048, True)]:
         kernels = {name: launches_of(module, name) for name in ("_norm_kernel", "_norm_backward_kernel")}
         x, weight = torch.zeros(4, width).bfloat16().requires_grad_(), torch.ones(width).bfloat16()
         outputs = module.add_rms_norm(x, x.detach(), weight, 1e-6) if add else [module.rms_norm(x, weight, 1e-6)]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nmoe.kernels.errors import UnsupportedArchError
 from nmoe.kernels.reference.master import join_master
 from nmoe.model.transformer import Transformer
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
@@ -263,6 +264,15 @@ def test_a_non_finite_step_is_not_applied_and_says_where(tmp_path, monkeypatch, 
         assert "micro-batch 1, samples 10 to 11" in str(caught.value)
     else:
         assert "of norm.weight." in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kernels", ["native", "reference"])
+def test_a_missing_gpu_is_told_before_anything_is_made(tmp_path, kernels):
+    config = tiny_config(runtime={"device": "cuda", "kernels": kernels, "precision": "bf16"})
+    with pytest.raises(UnsupportedArchError, match="expected a CUDA GPU, found none"):
+        run_training(tmp_path, config=config)
+    assert not RunFolder(tmp_path, "run").checkpoints.exists()
 
 
 @pytest.mark.parametrize("every", [1, 4])

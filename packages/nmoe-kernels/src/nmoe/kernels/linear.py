@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import claim
 from nmoe.kernels.reference.matmul import mm_into
 from torch.autograd.function import once_differentiable
@@ -17,12 +18,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: (…, n_in).
-        weight: (…, n_in) of x's dtype; its leading dimensions are the outputs, side by side. With a `main_grad` (see
-            `nmoe.kernels.main_grad`), its gradient is written there or added, and autograd gets none.
+        weight: (…, n_in) of x's dtype, on its device; its leading dimensions are the outputs, side by side. With a
+            `main_grad` (see `nmoe.kernels.main_grad`), its gradient is written there or added, and autograd gets none.
 
     Returns:
         (…, n_out), n_out the product of the weight's leading dimensions.
+
+    Raises:
+        ShapeError: widths, dtypes or devices that do not belong together.
     """
+    fits = x.dim() >= 1 and weight.dim() >= 2 and x.shape[-1] == weight.shape[-1]
+    if not fits or x.dtype != weight.dtype or x.device != weight.device:
+        raise ShapeError(
+            f"expected x (…, n_in) and weight (…, n_in) of one dtype on one device, found {tuple(x.shape)} of "
+            f"{x.dtype} on {x.device} and {tuple(weight.shape)} of {weight.dtype} on {weight.device}: convert x to "
+            "what the weight takes"
+        )
     out: torch.Tensor = _Linear.apply(x, weight)
     return out
 

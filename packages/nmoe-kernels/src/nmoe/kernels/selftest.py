@@ -15,9 +15,11 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
+from nmoe.kernels.linear import linear
 from nmoe.kernels.ops import Ops, select_ops
 from nmoe.kernels.reference.adamw import adamw_scalars
 from nmoe.kernels.reference.master import join_master, split_master
@@ -25,6 +27,8 @@ from nmoe.kernels.reference.newton_schulz import COEFFICIENTS, EPS
 from nmoe.kernels.router import router_logits
 
 _TOKENS, _WIDTH, _HIDDEN, _EXPERTS, _TOP_K = 333, 128, 192, 9, 3
+_EPS = 1e-2
+"""Of norms: so large that its place in the formula shows."""
 _NAMES = ("out", "dx", "drouter", "dw13", "dw2")
 
 
@@ -227,39 +231,140 @@ def _check_layer(setting: Setting) -> Iterator[Finding]:
         yield _exactly(f"{name} bitwise again", a != b)
 
 
-def _check_attention(setting: Setting) -> Iterator[Finding]:
+def _check_attention(setting: Setting, window: int | None) -> Iterator[Finding]:
     sizes = ((2, 4, 200, 192), (2, 4, 200, 192), (2, 4, 200, 128))
     inputs = [setting.normal(*size).requires_grad_() for size in sizes]
-    exact = [t.detach().double().cpu().requires_grad_() for t in inputs]
     scale = 192**-0.5
-    found = setting.ops.attention(*inputs, scale=scale, window=None)
-    q, k, v = exact
-    later = torch.ones(200, 200, dtype=torch.bool).triu(1)
-    expected = (q @ k.mT * scale).masked_fill(later, float("-inf")).softmax(-1) @ v
-    dout = setting.normal(*found.shape)
-    gradients = torch.autograd.grad(found, inputs, dout)
-    yield compare("out", found, expected, 2 * setting.rounding)
-    for name, a, b in zip("qkv", gradients, torch.autograd.grad(expected, exact, dout.double().cpu()), strict=True):
-        yield compare(f"d{name}", a, b, 2 * setting.rounding)
+    found = [setting.ops.attention(*inputs, scale=scale, window=window)]
+    q, k, v = exact = _widened(inputs)
+    distance = torch.arange(200)[:, None] - torch.arange(200)
+    hidden = (distance < 0) | (distance >= (window or 200))
+    expected = [(q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v]
+    names, roundings = ("out", "dq", "dk", "dv"), (2,) * 4
+    yield from _compare_all(setting, names, roundings, found, inputs, expected, exact)
 
 
 def _check_mla_heads(setting: Setting) -> Iterator[Finding]:
     sizes = ((2, 50, 3, 192), (2, 50, 3, 256), (2, 50, 64))
     inputs = [setting.normal(*size).requires_grad_() for size in sizes]
-    angle = torch.rand(50, 32) * 6
-    cos, sin = (table.to(setting.device) for table in (angle.cos(), angle.sin()))
-    found = setting.ops.mla_heads(*inputs, cos, sin)
-    q, kv, k_rope = (t.detach().double().cpu().requires_grad_() for t in inputs)
-    pairs, phases = q[..., 128:].unflatten(-1, (-1, 2)), torch.complex(cos, sin).cpu()[:, None]
-    turned = torch.view_as_real(torch.view_as_complex(pairs) * phases).flatten(-2)
+    tables = _rope_tables(setting)
+    found = setting.ops.mla_heads(*inputs, *tables)
+    q, kv, k_rope = exact = _widened(inputs)
+    turned = _turned(q[..., 128:], *tables)
     keys = torch.cat((kv[..., :128], k_rope[:, :, None].expand(-1, -1, 3, -1)), -1)
     expected = [t.transpose(1, 2) for t in (torch.cat((q[..., :128], turned), -1), keys, kv[..., 128:])]
-    douts = [setting.normal(*t.shape) for t in expected]
+    names, roundings = ("q", "k", "v", "dq", "dkv", "dk_rope"), (1,) * 6
+    yield from _compare_all(setting, names, roundings, found, inputs, expected, exact)
+
+
+def _check_qkv_heads(setting: Setting) -> Iterator[Finding]:
+    inputs = [setting.normal(*size).requires_grad_() for size in ((2, 50, 3, 5, 64), (64,), (64,))]
+    tables = _rope_tables(setting)
+    found = setting.ops.qkv_heads(inputs[0], (inputs[1], inputs[2]), _EPS, *tables)
+    qkv, q_gain, k_gain = exact = _widened(inputs)
+    q, k, v = qkv.unbind(2)
+    turned = [_turned(_normed(x, gain), *tables) for x, gain in ((q, q_gain), (k, k_gain))]
+    expected = [t.transpose(1, 2) for t in (*turned, v)]
+    names, roundings = ("q", "k", "v", "dqkv", "dq_gain", "dk_gain"), (1, 1, 0, 1, 1, 1)
+    yield from _compare_all(setting, names, roundings, found, inputs, expected, exact)
+
+
+def _check_rope(setting: Setting) -> Iterator[Finding]:
+    inputs, tables = [setting.normal(2, 50, 3, 64).requires_grad_()], _rope_tables(setting)
+    found = [setting.ops.rope(inputs[0], *tables)]
+    exact = _widened(inputs)
+    yield from _compare_all(setting, ("out", "dx"), (1, 1), found, inputs, [_turned(exact[0], *tables)], exact)
+
+
+def _check_rms_norm(setting: Setting) -> Iterator[Finding]:
+    inputs = [setting.normal(*size).requires_grad_() for size in ((_TOKENS, _WIDTH), (_WIDTH,))]
+    found = [setting.ops.rms_norm(inputs[0], inputs[1], _EPS)]
+    exact = _widened(inputs)
+    yield from _compare_all(setting, ("out", "dx", "dgain"), (1, 1, 1), found, inputs, [_normed(*exact)], exact)
+
+
+def _check_add_rms_norm(setting: Setting) -> Iterator[Finding]:
+    sizes = ((_TOKENS, _WIDTH), (_TOKENS, _WIDTH), (_WIDTH,))
+    inputs = [setting.normal(*size).requires_grad_() for size in sizes]
+    found = setting.ops.add_rms_norm(*inputs, _EPS)
+    x, delta, gain = exact = _widened(inputs)
+    total = x + delta
+    # What is normed is the sum as rounded.
+    names, roundings = ("sum", "norm", "dx", "ddelta", "dgain"), (1, 2, 2, 2, 2)
+    yield from _compare_all(setting, names, roundings, found, inputs, [total, _normed(total, gain)], exact)
+
+
+def _check_swiglu(setting: Setting) -> Iterator[Finding]:
+    inputs = [setting.normal(_TOKENS, 2 * _HIDDEN).requires_grad_()]
+    found = [setting.ops.swiglu(*inputs)]
+    exact = _widened(inputs)
+    gate, up = exact[0].chunk(2, dim=-1)
+    yield from _compare_all(setting, ("out", "dpre"), (1, 1), found, inputs, [gate * gate.sigmoid() * up], exact)
+
+
+def _check_linear(setting: Setting) -> Iterator[Finding]:
+    x, weight = setting.normal(3, 111, _WIDTH).requires_grad_(), setting.normal(2, 96, _WIDTH).requires_grad_()
+    weight.main_grad = torch.full(weight.shape, torch.nan, device=setting.device)  # type: ignore[attr-defined]
+    weight.main_grad_stale = True  # type: ignore[attr-defined]
+    dout = setting.normal(3, 111, 192)
+    exact = _widened([x, weight])
+    expected = exact[0] @ exact[1].flatten(0, 1).T
+    dx, dweight = torch.autograd.grad(expected, exact, dout.double().cpu())
+    for times, suffix in ((1, ""), (2, " added")):  # the first gradient overwrites, the second is added
+        found = linear(x, weight)
+        found_dx, _ = torch.autograd.grad(found, (x, weight), dout, allow_unused=True)
+        accumulated = weight.main_grad  # type: ignore[attr-defined]
+        yield compare(f"out{suffix}", found, expected, setting.rounding)
+        yield compare(f"dx{suffix}", found_dx, dx, setting.rounding)
+        # In fp32, which tensor cores truncate as they sum.
+        yield compare(f"dweight{suffix}", accumulated, times * dweight, min(setting.rounding, 2.0**-15))
+
+
+def _widened(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """In float64 on the CPU, for a graph of their own."""
+    return [tensor.detach().double().cpu().requires_grad_() for tensor in inputs]
+
+
+def _rope_tables(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of 50 positions and 32 pairs."""
+    angle = torch.rand(50, 32) * 6
+    return angle.cos().to(setting.device), angle.sin().to(setting.device)
+
+
+def _turned(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    phases = torch.complex(cos, sin).cpu()[:, None]
+    return torch.view_as_real(torch.view_as_complex(x_BSHd.unflatten(-1, (-1, 2))) * phases).flatten(-2)
+
+
+def _normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + _EPS).sqrt() * gain
+
+
+def _compare_all(
+    setting: Setting,
+    names: Sequence[str],
+    roundings: Sequence[int],
+    found: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    exact: Sequence[torch.Tensor],
+) -> Iterator[Finding]:
+    """Outputs, and then the inputs' gradients.
+
+    Args:
+        setting: where and how exactly.
+        names: of what is compared.
+        roundings: of each.
+        found: the op's outputs.
+        inputs: the op's.
+        expected: the outputs in float64.
+        exact: the inputs that they were formed of.
+    """
+    douts = [setting.normal(*tensor.shape) for tensor in expected]
     gradients = torch.autograd.grad(found, inputs, douts)
-    exact = torch.autograd.grad(expected, (q, kv, k_rope), [dout.double().cpu() for dout in douts])
-    compared = zip(("q", "k", "v", "dq", "dkv", "dk_rope"), (*found, *gradients), (*expected, *exact), strict=True)
-    for name, a, b in compared:
-        yield compare(name, a, b, setting.rounding)
+    expected = [*expected, *torch.autograd.grad(expected, exact, [dout.double().cpu() for dout in douts])]
+    for name, steps, a, b in zip(names, roundings, (*found, *gradients), expected, strict=True):
+        yield compare(name, a, b, steps * setting.rounding)
 
 
 def _check_cross_entropy(setting: Setting) -> Iterator[Finding]:
@@ -331,8 +436,15 @@ CHECKS: dict[str, Callable[[Setting], Iterator[Finding]]] = {
     "routing": _check_routing,
     "balance_loss": _check_balance_loss,
     "layer": _check_layer,
-    "attention": _check_attention,
+    "rms_norm": _check_rms_norm,
+    "add_rms_norm": _check_add_rms_norm,
+    "linear": _check_linear,
+    "rope": _check_rope,
+    "qkv_heads": _check_qkv_heads,
     "mla_heads": _check_mla_heads,
+    "attention": partial(_check_attention, window=None),
+    "window_attention": partial(_check_attention, window=70),
+    "swiglu": _check_swiglu,
     "cross_entropy": _check_cross_entropy,
     "adamw": _check_adamw,
     "muon": _check_muon,

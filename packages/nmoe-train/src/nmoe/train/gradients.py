@@ -31,6 +31,11 @@ class Gradients:
         for parameter in self._parameters.values():
             parameter.main_grad_stale = True  # type: ignore[attr-defined]
 
+    def replayed(self) -> None:
+        """A CUDA graph has made the step: every accumulator counts, though no Python ran that would have noted it."""
+        for parameter in self._parameters.values():
+            parameter.main_grad_stale = False  # type: ignore[attr-defined]
+
     @property
     def by_name(self) -> Mapping[str, torch.Tensor]:
         """The step's gradients so far; zeros for a parameter that had none."""

@@ -15,8 +15,8 @@ class StepGraphs:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.MemPool()
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.MemPool()  # goes after its graphs, also where nobody releases them
         self._warm = False
 
     def run(self, name: str, piece: Callable[[], None]) -> None:
@@ -34,7 +34,8 @@ class StepGraphs:
 
     @contextmanager
     def memory(self) -> Iterator[None]:
-        """What is allocated in the block comes from the graphs' pool, which is free between their replays."""
+        """What is allocated in the block comes from the graphs' pool, which is free between their replays; the next
+        replay writes over what is still held of it."""
         if not self._graphs:
             yield
             return
@@ -53,7 +54,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         # thread_local: other threads, which write checkpoints and metrics, may call what a capture may not.
-        pool: Any = self._pool.id  # PyTorch 2.11 takes no MemPool here
+        pool: Any = self._pool.id  # the lowest PyTorch that is supported, 2.11, takes no MemPool
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             piece()
         return graph

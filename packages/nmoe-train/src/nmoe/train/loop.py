@@ -3,13 +3,14 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from types import MappingProxyType
-from typing import Any, Literal, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import torch
+from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.ops import select_ops
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.transformer import Transformer
@@ -51,16 +52,19 @@ class Outcome:
     """The signal's number, if one ended the run."""
 
 
-def _on_own_stream(function: Callable[Parameters, Outcome]) -> Callable[Parameters, Outcome]:
+def _on_own_stream(
+    function: Callable[Concatenate[TrainingConfig, Parameters], Outcome],
+) -> Callable[Concatenate[TrainingConfig, Parameters], Outcome]:
     """On a GPU, everything on one stream that is not the default one: CUDA graphs cannot be captured there, and memory
     that was used on one stream does not serve another."""
 
     @wraps(function)
-    def on_own_stream(*args: Parameters.args, **options: Parameters.kwargs) -> Outcome:
-        config = args[0]
-        assert isinstance(config, TrainingConfig)
-        with torch.cuda.stream(torch.cuda.Stream()) if config.runtime.device == "cuda" else nullcontext():
-            return function(*args, **options)
+    def on_own_stream(config: TrainingConfig, *args: Parameters.args, **options: Parameters.kwargs) -> Outcome:
+        if config.runtime.device != "cuda":
+            return function(config, *args, **options)
+        detect_arch("cuda")  # says what is wrong with the GPU, before anything asks for one
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return function(config, *args, **options)
 
     return on_own_stream
 
@@ -89,7 +93,7 @@ def train(
         batches: samples by global index.
         identity: saved with each checkpoint and compared at resume.
         reporter: shows progress to a person.
-        evaluate: measures the model; None for no evaluation.
+        evaluate: measures the model; None for no evaluation. See `nmoe.train.protocols.Evaluate`.
         evaluate_every: steps between evaluations; None for one after the last step.
         resume: a checkpoint of this run to continue.
         start_from: another run's checkpoint whose weights this run starts with.
@@ -153,6 +157,7 @@ def train(
         reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
         if evaluate is not None and resume is not None and evaluates_at(state.step) and not _was_evaluated(run, state):
             evaluation = measure()  # a kill had come between
+            recorder.clock.skip()
         with profiler:
             while state.step < settings.steps and not _reached(settings, evaluation) and stop.received is None:
                 # ---- one step, and the record of the one before ------------------------------------------------------

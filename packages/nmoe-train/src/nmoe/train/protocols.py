@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from nmoe.model.transformer import Transformer
 
 Evaluate = Callable[["Transformer"], Mapping[str, float]]
-"""Measures a model: tags such as `val/loss` (nats a token) and `val/bpb` (bits a byte) to values."""
+"""Measures a model: tags such as `val/loss` (nats a token) and `val/bpb` (bits a byte) to values.
+
+On a GPU it computes in the step's own memory: no tensor on the device that it makes may be used after it has returned.
+"""
 
 
 class BatchSource(Protocol):

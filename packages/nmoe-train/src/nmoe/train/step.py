@@ -11,8 +11,9 @@ Shapes: B micro-batch, S sequence, N all sequences of a step.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from nmoe.model.transformer import Transformer
@@ -24,7 +25,7 @@ from nmoe.train.optim import Optimizer
 from nmoe.train.schedule import lr_factor
 from nmoe.train.schema import TrainingConfig
 
-Range = Callable[[str], AbstractContextManager[None]]
+Range = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class TrainStep:
             step: its number, from 1.
             cursor: global index of its first sample.
             sample_NS1: the global batch's samples of S + 1 tokens, in host memory.
-            within: names a part of the step in a trace.
+            within: names a part of the step in a trace; within a captured piece, only while it is captured.
         """
         if self._token_BS1.is_cuda:
             sample_NS1 = sample_NS1.pin_memory()
@@ -102,19 +103,20 @@ class TrainStep:
             self._run("update", self._update)
         if self._graphs is not None:
             self._graphs.warm()
+            self.gradients.replayed()
         return LaunchedStep(step, cursor, sample_NS1, factor, self._figures, self._n_micro)
 
     def not_finite(self, launched: LaunchedStep) -> list[str]:
         """Names of the parameters whose gradients a refused step made NaN or infinite: they are computed again, from
         the weights that it left untouched."""
         self.release()
-        self._accumulate(launched.sample_NS1, lambda name: _nothing())
+        self._accumulate(launched.sample_NS1, nullcontext)
         return self.gradients.not_finite()
 
     @contextmanager
     def memory(self) -> Iterator[None]:
         """Evaluations in this block use the step's own memory, which is free between steps."""
-        with _nothing() if self._graphs is None else self._graphs.memory():
+        with nullcontext() if self._graphs is None else self._graphs.memory():
             yield
 
     def release(self) -> None:
@@ -154,8 +156,3 @@ class TrainStep:
             piece()
         else:
             self._graphs.run(name, piece)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -27,11 +27,11 @@ CASES: Mapping[str, Callable[[], Sequence[Case]]] = {
     "rms_norm": lambda: [
         *rms_norm(16_384, 2048),
         *rms_norm(65_536, 768),
-        *rms_norm(786_432, 64),  # super's queries, head by head
+        *rms_norm(16_384, 512),  # moonlet's latents
     ],
     "add_rms_norm": lambda: [*add_rms_norm(16_384, 2048), *add_rms_norm(65_536, 768)],
     "qkv_heads": lambda: qkv_heads(32, 2048, 12, 64),
-    "rope": lambda: rope(32, 2048, 12, 64),
+    "rope": lambda: rope(4, 4096, 1, 64),  # moonlet's key that all heads share
     "mla_heads": lambda: mla_heads(4, 4096, 16, 128, 64, 128),
     "swiglu": lambda: [
         *swiglu(16_384, 11_264),  # moonlet's dense layer

@@ -18,10 +18,10 @@ from nmoe.kernels.bench.worker import describe_error
 
 NOTE = (
     "Medians of CUDA graphs of one repeat or more, over copies of the tensors that fill the L2 four times. The bound "
-    "is the longer of bytes over the copy's rate (each input read once, each output written once; cross-entropy's rows "
-    "read logits twice) and FLOP over the product's rate; 'of it' is the bound over the time. Attention counts half of "
-    "S² pairs, or those within its window; Muon's products count in full; cross-entropy's bare products are of whole "
-    "matrices, to fp32, bf16 and fp32. Same bits: ours / the other's, of five backwards on the same inputs."
+    "is the longer of bytes over the copy's rate (each input read once, each output written once) and FLOP over the "
+    "product's rate; 'of it' is the bound over the time. Attention counts half of S² pairs, or those within its "
+    "window; Muon's products count in full; cross-entropy's bare products are of whole matrices, to fp32, bf16 "
+    "and fp32. Same bits: ours / the other's, of five backwards on the same inputs."
 )
 MATMUL_TFLOPS = {"NVIDIA H200": 788.0}
 """A large bf16 product's, as docs/performance.md gives it: a share of it compares runs on GPUs of other clocks."""
@@ -136,5 +136,5 @@ def _measure(bench: Bench, case: Case) -> dict[str, Any]:
 def _versions() -> dict[str, Any]:
     from nmoe.kernels.runtime.nvrtc import nvrtc_version
 
-    found = machine.versions((*NmoeLayer.packages, "nvidia-cudnn-frontend")) | {"nvrtc": nvrtc_version()}
+    found = machine.versions(NmoeLayer.packages) | {"nvrtc": nvrtc_version()}
     return found | {"cudnn": str(torch.backends.cudnn.version())}

@@ -266,7 +266,7 @@ _FORWARD = ("x", "delta", "weight", "total", "out", "scale")
 
 TRITON_KERNELS: tuple[TritonKernel, ...] = tuple(
     _ahead(name, name == "add_rms_norm", width, backward)
-    for name, widths in (("rms_norm", (64, 128, 512, 1024, 2048)), ("add_rms_norm", (1024, 2048)))
+    for name, widths in (("rms_norm", (512, 1024, 2048)), ("add_rms_norm", (1024, 2048)))
     for width in widths
     for backward in (False, True)
 )

@@ -1,0 +1,102 @@
+"""One step on a GPU, in CUDA graphs: what `ok` keeps, and what the accumulators say after a replay."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
+from nmoe.kernels.ops import select_ops
+from nmoe.model.transformer import Transformer
+from nmoe.rdep.transport import LocalTransport
+from nmoe.train.gradients import Gradients
+from nmoe.train.optim import Optimizer, flatten
+from nmoe.train.schema import TrainingConfig
+from nmoe.train.step import TrainStep
+
+pytestmark = pytest.mark.gpu
+
+CONFIG = {
+    "model": {
+        "vocab_size": 64,
+        "dim": 64,
+        "n_layers": 2,
+        "n_dense_layers": 1,
+        "n_heads": 1,
+        "attn": "sdpa",
+        "head_dim": 64,
+        "inter_dim": 64,
+        "moe_inter_dim": 64,
+        "n_routed_experts": 4,
+        "n_activated_experts": 2,
+        "init_std": 0.05,
+    },
+    "train": {"steps": 9, "batch_size": 4, "micro_batch_size": 2, "seq_len": 64},
+    "optim": {"lr_dense": 1e-2, "lr_router": 1e-2, "lr_expert": 1e-2, "expert_optimizer": "muon"},
+    "schedule": {"hold_tokens": 10_000},
+    "runtime": {"device": "cuda", "precision": "bf16", "kernels": "native"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_stream():
+    if not torch.cuda.is_available() or detect_arch("cuda") not in NATIVE_ARCHES:
+        pytest.skip(f"needs a GPU of {', '.join(NATIVE_ARCHES)}")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
+    torch.cuda.synchronize()
+
+
+@pytest.fixture(params=[True, False], ids=["graph", "eager"])
+def step(request):
+    config = TrainingConfig.model_validate(CONFIG)
+    ops = select_ops("native", "cuda")
+    model = Transformer.build(config.model, ops, LocalTransport(), device="cuda", dtype=torch.bfloat16, seed=0)
+    flat = flatten(dict(model.named_parameters()), config.optim)
+    gradients = Gradients(flat, ops)
+    return TrainStep(model.train(), gradients, Optimizer(flat, config.optim, ops), config, graph=request.param)
+
+
+def launch(step: TrainStep, number: int):
+    sample = torch.randint(64, (4, 65), generator=torch.Generator().manual_seed(number))
+    return step.launch(number, 4 * (number - 1), sample, nullcontext)
+
+
+def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
+    tensors = {**step.model.state(), **step.optimizer.state}
+    return {name: tensor.clone().view(torch.uint8) for name, tensor in tensors.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_nothing_changes_from_a_bad_step_on(step):
+    """Of a gradient that is not finite, in a tensor that is named; the steps after it are good in themselves."""
+    factor = torch.ones((), device="cuda", dtype=torch.bfloat16)
+    step.model.embed.weight.register_hook(lambda grad: grad * factor)
+    for number in (1, 2, 3):
+        assert all(map(torch.isfinite, map(torch.tensor, launch(step, number).wait(step.model).losses[0])))
+    before = state_of(step)
+    factor.fill_(float("inf"))
+    bad = launch(step, 4)
+    factor.fill_(1.0)
+    after = [launch(step, number) for number in (5, 6)]
+    assert not torch.isfinite(torch.tensor(bad.wait(step.model).grad_norm))
+    assert all(torch.isfinite(torch.tensor(good.wait(step.model).grad_norm)) for good in after)
+    assert same(state_of(step), before), "weights, residuals, moments, momentum and biases"
+    factor.fill_(float("inf"))
+    assert step.not_finite(bad) == ["embed.weight"]
+
+
+def test_good_steps_change_everything_but_unused_parts(step):
+    before = state_of(step)
+    for number in (1, 2, 3):
+        launch(step, number)
+    after = state_of(step)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_accumulators_hold_the_last_step(step):
+    norms = [launch(step, number).wait(step.model).grad_norm for number in (1, 2, 3)]
+    assert float(step.gradients.norm()) == pytest.approx(norms[-1], rel=1e-6)
+    assert not step.gradients.not_finite()
