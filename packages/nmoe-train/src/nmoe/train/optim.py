@@ -98,9 +98,8 @@ def muon_batches(group: FlatGroup[GroupSettings]) -> list[MuonBatch]:
 def _divide(run: MuonBatch) -> Iterator[MuonBatch]:
     matrices, rows, columns = run.shape
     batches = -(-matrices // max(1, MUON_BATCH_ELEMENTS // (rows * columns)))
-    whole = 8 // gcd(
-        8, rows * columns
-    )  # matrices that fill pieces of 16 bytes, at which kernels want a tensor to start
+    # Matrices that fill pieces of 16 bytes, at which kernels want a tensor to start.
+    whole = 8 // gcd(8, rows * columns)
     each = -(-matrices // batches // whole) * whole
     for first in range(0, matrices, each):
         yield MuonBatch(run.start + first * rows * columns, (min(each, matrices - first), rows, columns))

@@ -1,4 +1,4 @@
-"""Attention of the native tier: cuDNN for global layers, our kernels for windows; both deterministic to the bit."""
+"""Attention of the native tier: cuDNN's forward for global layers, our kernels for all else; deterministic to the bit."""
 
 import torch
 from nmoe.kernels.native.attention_cudnn import global_attention
