@@ -30,7 +30,6 @@ def take(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         return "cuda"
     monkeypatch.setattr(router, "_splits", lambda x, weight: x.dtype == torch.bfloat16)
     monkeypatch.setattr(router, "_split", split_on_the_cpu)
-    monkeypatch.setattr(router, "_add_product", lambda into, a, b: into.add_(a.float() @ b.float()))
     monkeypatch.setattr(router, "_added_to", added_on_the_cpu)
     return "cpu"
 

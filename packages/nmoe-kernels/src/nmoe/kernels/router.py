@@ -13,7 +13,7 @@ import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import deliver
-from nmoe.kernels.reference.matmul import mm_wide
+from nmoe.kernels.reference.matmul import mm_into, mm_wide
 from torch.autograd.function import once_differentiable
 
 
@@ -110,12 +110,8 @@ def _product(x_TD: torch.Tensor, parts_E3D: torch.Tensor) -> torch.Tensor:
     first, *others = (part_ED.t() for part_ED in parts_E3D.unbind(1))
     logits_TE = mm_wide(x_TD, first)
     for part in others:
-        _add_product(logits_TE, x_TD, part)
+        mm_into(logits_TE, x_TD, part, add=True)
     return logits_TE
-
-
-def _add_product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.addmm(into, a, b, out_dtype=torch.float32, out=into)
 
 
 def _gradient(addend_TD: torch.Tensor | None, parts_T2E: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:

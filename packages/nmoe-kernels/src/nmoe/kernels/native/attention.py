@@ -1,4 +1,4 @@
-"""Attention of the native tier: cuDNN's forward for global layers, our kernels for all else; deterministic to the bit."""
+"""Attention of the native tier: cuDNN's forward for global layers, our kernels for all else; always the same bits."""
 
 import torch
 from nmoe.kernels.native.attention_cudnn import global_attention
