@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from nmoe.kernels.errors import ShapeError
+from nmoe.kernels.native.rope_triton import angles, turn
 from nmoe.kernels.reference.mla import check_mla_shapes
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 from torch.autograd.function import once_differentiable
@@ -47,7 +48,7 @@ def _forward_kernel(
     width = nope + rope
     column_N = tl.arange(0, NOPE)[None, :]
     column_R = tl.arange(0, ROPE)[None, :]
-    cos, sin = _angles(cos_ptr, sin_ptr, token % length, half, ROPE)
+    cos, sin = angles(cos_ptr, sin_ptr, token % length, half, ROPE)
     shared = tl.load(k_rope_ptr + token * rope + column_R, mask=column_R < rope, other=0.0)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
@@ -58,7 +59,7 @@ def _forward_kernel(
         q_rope = tl.load(q_ptr + row * width + nope + column_R, mask=inside_R, other=0.0)
         k_nope = tl.load(kv_ptr + row * (nope + value) + column_N, mask=inside_N, other=0.0)
         tl.store(q_out_ptr + row * width + column_N, q_nope, mask=inside_N)
-        tl.store(q_out_ptr + row * width + nope + column_R, _turn(q_rope, cos, sin), mask=inside_R)
+        tl.store(q_out_ptr + row * width + nope + column_R, turn(q_rope, cos, sin).to(tl.bfloat16), mask=inside_R)
         tl.store(k_out_ptr + row * width + column_N, k_nope, mask=inside_N)
         tl.store(k_out_ptr + row * width + nope + column_R, tl.broadcast_to(shared, HEADS, ROPE), mask=inside_R)
 
@@ -98,7 +99,7 @@ def _backward_kernel(
     column_N = tl.arange(0, NOPE)[None, :]
     column_R = tl.arange(0, ROPE)[None, :]
     column_V = tl.arange(0, VALUE)[None, :]
-    cos, sin = _angles(cos_ptr, sin_ptr, position, half, ROPE)
+    cos, sin = angles(cos_ptr, sin_ptr, position, half, ROPE)
     dq_ptr += batch * dq_batch + position * dq_token
     dk_ptr += batch * dk_batch + position * dk_token
     dv_ptr += batch * dv_batch + position * dv_token
@@ -117,27 +118,12 @@ def _backward_kernel(
         dq_out_at = dq_out_ptr + row * (nope + rope)
         dkv_out_at = dkv_out_ptr + row * (nope + value)
         tl.store(dq_out_at + column_N, dq_nope, mask=inside_N)
-        tl.store(dq_out_at + nope + column_R, _turn(dq_rope, cos, -sin), mask=inside_R)
+        tl.store(dq_out_at + nope + column_R, turn(dq_rope, cos, -sin).to(tl.bfloat16), mask=inside_R)
         tl.store(dkv_out_at + column_N, dk_nope, mask=inside_N)
         tl.store(dkv_out_at + nope + column_V, dv, mask=inside_V)
         total += dk_rope.to(tl.float32)
     dk_rope_out = tl.sum(total, 0, keep_dims=True).to(tl.bfloat16)
     tl.store(dk_rope_out_ptr + token * rope + column_R, dk_rope_out, mask=column_R < rope)
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, position, half, ROPE: tl.constexpr):
-    pair = tl.arange(0, ROPE // 2)[None, :]
-    cos = tl.load(cos_ptr + position * half + pair, mask=pair < half, other=0.0)
-    sin = tl.load(sin_ptr + position * half + pair, mask=pair < half, other=0.0)
-    return cos, sin
-
-
-@triton.jit
-def _turn(x, cos, sin):
-    even, odd = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
-    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
-    return tl.reshape(turned, (x.shape[0], x.shape[1])).to(tl.bfloat16)
 
 
 def mla_heads(

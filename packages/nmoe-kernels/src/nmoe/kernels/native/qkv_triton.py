@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import deliver
+from nmoe.kernels.native.rope_triton import angles, turn
 from nmoe.kernels.reference.qkv import Gains, check_qkv_shapes
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 from torch.autograd.function import once_differentiable
@@ -52,7 +53,7 @@ def _forward_kernel(
     column = tl.arange(0, WIDTH)[None, :]
     token = tl.program_id(0).to(tl.int64) * TOKENS + row // HEADS
     width = 2 * half
-    cos, sin = _angles(cos_ptr, sin_ptr, token % length, half, WIDTH)
+    cos, sin = angles(cos_ptr, sin_ptr, token % length, half, WIDTH)
     q_gain, k_gain = _gain(q_gain_ptr, width, NORM, WIDTH), _gain(k_gain_ptr, width, NORM, WIDTH)
     keys = n_tokens.to(tl.int64) * heads * width
     for first in range(0, heads, HEADS):
@@ -106,7 +107,7 @@ def _backward_kernel(
     for block in range(tl.program_id(0), tl.cdiv(n_tokens, TOKENS), tl.num_programs(0)):
         token = (block * TOKENS + row // HEADS).to(tl.int64)
         batch, position = token // length, token % length
-        cos, sin = _angles(cos_ptr, sin_ptr, position, half, WIDTH)
+        cos, sin = angles(cos_ptr, sin_ptr, position, half, WIDTH)
         dq_at = dq_ptr + batch * dq_batch + position * dq_token + column
         dk_at = dk_ptr + batch * dk_batch + position * dk_token + column
         dv_at = dv_ptr + batch * dv_batch + position * dv_token + column
@@ -141,15 +142,13 @@ def _part(x, gain, cos, sin, width, eps, NORM: tl.constexpr):
     x = x.to(tl.float32)
     if NORM:
         x = x * _scale(x, width, eps) * gain
-    even, odd = _pairs(x)
-    return _joined(even * cos - odd * sin, even * sin + odd * cos).to(tl.bfloat16)
+    return turn(x, cos, sin).to(tl.bfloat16)
 
 
 @triton.jit
 def _part_backward(dout, x, gain, cos, sin, width, eps, NORM: tl.constexpr):
     """Gradients of queries or keys as projected, and each head's share of their gain's."""
-    even, odd = _pairs(dout.to(tl.float32))
-    dx = _joined(even * cos + odd * sin, odd * cos - even * sin)
+    dx = turn(dout, cos, -sin)
     change = tl.zeros_like(dx)
     if NORM:
         x = x.to(tl.float32)
@@ -172,24 +171,6 @@ def _gain(gain_ptr, width, NORM: tl.constexpr, WIDTH: tl.constexpr):
     if NORM:
         gain = tl.load(gain_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     return gain
-
-
-@triton.jit
-def _angles(cos_ptr, sin_ptr, position, half, WIDTH: tl.constexpr):
-    pair = tl.arange(0, WIDTH // 2)[None, :]
-    cos = tl.load(cos_ptr + position * half + pair, mask=pair < half, other=0.0)
-    sin = tl.load(sin_ptr + position * half + pair, mask=pair < half, other=0.0)
-    return cos, sin
-
-
-@triton.jit
-def _pairs(x):
-    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-
-
-@triton.jit
-def _joined(even, odd):
-    return tl.reshape(tl.join(even, odd), (even.shape[0], 2 * even.shape[1]))
 
 
 def qkv_heads(

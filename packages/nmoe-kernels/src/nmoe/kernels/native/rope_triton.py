@@ -18,6 +18,23 @@ _HEADS = 16
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fusion said: Triton 3.10 changes the default
 
 
+@triton.jit
+def angles(cos_ptr, sin_ptr, position, half, WIDTH: tl.constexpr):
+    """cos and sin of the pairs of a head, (positions, WIDTH / 2)."""
+    pair = tl.arange(0, WIDTH // 2)[None, :]
+    cos = tl.load(cos_ptr + position * half + pair, mask=pair < half, other=0.0)
+    sin = tl.load(sin_ptr + position * half + pair, mask=pair < half, other=0.0)
+    return cos, sin
+
+
+@triton.jit
+def turn(x, cos, sin):
+    """Heads (rows, WIDTH) in fp32, each pair turned by its angle; by -sin, back."""
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (x.shape[0], x.shape[1] // 2, 2)))
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    return tl.reshape(turned, (x.shape[0], x.shape[1]))
+
+
 @triton.jit(do_not_specialize=["length", "heads"])
 def _turn_kernel(
     x_ptr,
@@ -36,18 +53,15 @@ def _turn_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     position = token % length
-    pair = tl.arange(0, WIDTH // 2)[None, :]
     column = tl.arange(0, WIDTH)[None, :]
-    cos = tl.load(cos_ptr + position * half + pair, mask=pair < half, other=0.0)
-    sin = tl.load(sin_ptr + position * half + pair, mask=pair < half, other=0.0) * sign
+    cos, sin = angles(cos_ptr, sin_ptr, position, half, WIDTH)
     x_ptr += token // length * x_batch + position * x_token
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS)[:, None]).to(tl.int64)
         inside = (head < heads) & (column < 2 * half)
-        x = tl.load(x_ptr + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
-        even, odd = tl.split(tl.reshape(x, (HEADS, WIDTH // 2, 2)))
-        turned = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (HEADS, WIDTH))
-        tl.store(out_ptr + (token * heads + head) * 2 * half + column, turned.to(tl.bfloat16), mask=inside)
+        x = tl.load(x_ptr + head * x_head + column, mask=inside, other=0.0)
+        turned = turn(x, cos, sin * sign).to(tl.bfloat16)
+        tl.store(out_ptr + (token * heads + head) * 2 * half + column, turned, mask=inside)
 
 
 def rope(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
