@@ -1,5 +1,5 @@
-"""What the kernel tests share: one thread, a fixed seed, a tier, a GPU, recorders of what an op allocates and of how a
-kernel is launched, and Triton's interpreter."""
+"""What the kernel tests share: one thread, a fixed seed, a tier, a GPU, CUDA graphs, recorders of what an op allocates
+and of how a kernel is launched, and Triton's interpreter."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -49,6 +49,28 @@ def gpu() -> str:
     if arch not in NATIVE_ARCHES:
         pytest.skip(f"expected one of {', '.join(NATIVE_ARCHES)}, found {arch}")
     return "cuda"
+
+
+Output = TypeVar("Output")
+
+
+@pytest.fixture
+def capture() -> Callable[[Callable[[], Output]], tuple[torch.cuda.CUDAGraph, Output]]:
+    """Runs a step once, on another stream, since a capture neither compiles nor loads a kernel; then captures it.
+    Returns the graph, and the step's output, which only a replay fills."""
+
+    def run(step: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = step()
+        return graph, output
+
+    return run
 
 
 class Allocations(TorchDispatchMode):

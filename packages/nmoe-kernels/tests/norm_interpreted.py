@@ -1,4 +1,4 @@
-"""Runs the Triton RMSNorm in Triton's interpreter: `TRITON_INTERPRET=1 python norm_interpreted.py IN OUT`.
+"""Runs the native RMSNorm in Triton's interpreter: `TRITON_INTERPRET=1 python norm_interpreted.py IN OUT`.
 
 A case has `x` and `dout` (R, D) and `weight`, fp32 of bf16's values; `dtotal`, where the residual goes through the op;
 and `delta`, where that is added. x lies in rows that are 16 longer. Results, fp32: `out`, `dx`, `dweight`, the last not
@@ -8,7 +8,7 @@ rounded, and `total` and `ddelta` where there are any.
 import numpy as np
 import torch
 from interpreted import run_cases
-from nmoe.kernels.native import norm_triton
+from nmoe.kernels.native import norm, norm_triton
 
 
 def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -21,13 +21,13 @@ def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     results = {}
     if "dtotal" in case:
         delta = given["delta"].requires_grad_() if "delta" in case else None
-        total, out = norm_triton.add_rms_norm(whole[:, : x.shape[1]], delta, weight, eps)
+        total, out = norm.add_rms_norm(whole[:, : x.shape[1]], delta, weight, eps)
         torch.autograd.backward((total, out), (given["dtotal"], given["dout"]))
         results["total"] = total.detach()
         if delta is not None:
             results["ddelta"] = delta.grad
     else:
-        out = norm_triton.rms_norm(whole[:, : x.shape[1]], weight, eps)
+        out = norm.rms_norm(whole[:, : x.shape[1]], weight, eps)
         out.backward(given["dout"])
     assert weight.grad is None
     results |= {"out": out.detach(), "dx": whole.grad[:, : x.shape[1]], "dweight": weight.main_grad}

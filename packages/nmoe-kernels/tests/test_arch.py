@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch, device_limits, known_devices
+from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch, device_limits, entry_for, known_devices
 from nmoe.kernels.errors import KernelError, UnsupportedArchError
 from nmoe.kernels.ops import Ops, select_ops
 
@@ -33,6 +33,20 @@ def test_no_gpu_names_the_remedy(monkeypatch) -> None:
         detect_arch()
     with pytest.raises(UnsupportedArchError, match=r"runtime\.kernels = 'reference'"):
         select_ops("native", "cuda")
+
+
+def test_an_entry_is_that_of_the_arch(monkeypatch) -> None:
+    table = {"sm_90a": "Hopper's", "sm_100a": "Blackwell's"}
+    for capability, entry in (((9, 0), "Hopper's"), ((10, 0), "Blackwell's")):
+        pretend(monkeypatch, capability)
+        assert entry_for(torch.device("cuda"), table, "the kernels") == entry
+
+
+def test_no_entry_names_those_there_are_and_the_remedy(monkeypatch) -> None:
+    pretend(monkeypatch, (8, 0))
+    told = r"one of sm_90a, sm_100a for the kernels, found sm_80: set runtime\.kernels = 'reference'"
+    with pytest.raises(UnsupportedArchError, match=told):
+        entry_for(torch.device("cuda"), dict.fromkeys(NATIVE_ARCHES), "the kernels")
 
 
 def test_native_on_cpu_is_refused() -> None:
@@ -77,8 +91,8 @@ def test_native_on_its_arch_is_native(monkeypatch, capability: tuple[int, int], 
     pretend(monkeypatch, capability)
     ops = select_ops("native", "cuda")
     assert ops.tier == "native"
-    triton = ("balance", "mla", "newton_schulz", "norm", "qkv", "rope", "swiglu")
-    shared = {*(f"native.{name}_triton" for name in triton), "native.attention", "native.routing_cuda"}
+    triton = ("balance", "mla", "newton_schulz", "qkv", "rope", "swiglu")
+    shared = {*(f"native.{name}_triton" for name in triton), "native.attention", "native.norm", "native.routing_cuda"}
     shared |= {f"native.{name}_cuda" for name in ("adamw", "cross_entropy", "global_norm", "muon")}
     shared.add("reference.cross_entropy")  # its products are the library's in both tiers
     assert modules(ops) == shared | experts

@@ -143,7 +143,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any) -> None:
     launches = {name: launches_of(module, name) for name in listed}
     logits, expert = torch.zeros(6144, 256).requires_grad_(), torch.zeros(6144, 7, dtype=torch.int32)
     module.balance_loss(logits, expert, n_sequences=3, weight=0.5).backward()
-    grids = {"_sum_shares_kernel": (3 * 256,), "_sum_blocks_kernel": (3, 8), "_backward_kernel": (3 * 256,)}
+    grids = {"_sum_shares_kernel": (3 * 256,), "_sum_blocks_kernel": (3, 8), "_balance_backward_kernel": (3 * 256,)}
     for name, kernel in listed.items():
         launched, function = launches[name], functions[name]
         types = {torch.float32: "*fp32", torch.int32: "*i32", int: "i32", float: "fp32"}
@@ -244,17 +244,11 @@ class TestOnGpu:
         found = self.run(strided, expert.t().contiguous().t(), sequences)
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
-    def test_in_a_cuda_graph(self, gpu: str) -> None:
+    def test_in_a_cuda_graph(self, gpu: str, capture: Any) -> None:
         """A replay sees the logits and the choices of its time, and its bits are those of a plain run."""
         logits, expert, sequences = self.operands(gpu, "steps")
-        warm = torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
-            first = self.run(logits, expert, sequences)
-        torch.cuda.current_stream().wait_stream(warm)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = self.run(logits, expert, sequences)
+        first = self.run(logits, expert, sequences)
+        graph, captured = capture(lambda: self.run(logits, expert, sequences))
         with torch.no_grad():
             logits.copy_(torch.randn_like(logits))
             expert.copy_(logits.topk(expert.shape[1], dim=-1).indices)

@@ -363,19 +363,11 @@ class TestOnGpu:
             alone = native.linear_cross_entropy(head.x, head.weight, head.target)
         assert torch.equal(alone, head.run(native)[0])
 
-    def test_in_a_cuda_graph(self, native: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_in_a_cuda_graph(self, native: Ops, capture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """Forward and backward in one graph; a replay sees the inputs of its time."""
         monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 100 * 1000)
         head = Head()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                head.run(native)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = head.run(native)
+        graph, captured = capture(lambda: head.run(native))
         for _ in range(2):
             later = Head()
             for name in ("x", "weight", "target"):

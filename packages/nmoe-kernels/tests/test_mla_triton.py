@@ -183,7 +183,7 @@ TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any) -> None:
     from nmoe.kernels.native import mla_triton as module
 
-    forward, backward = (launches_of(module, name) for name in ("_forward_kernel", "_backward_kernel"))
+    forward, backward = (launches_of(module, name) for name in ("_mla_heads_kernel", "_mla_heads_backward_kernel"))
     given = [torch.zeros(2, 3, *size).bfloat16().requires_grad_() for size in ((16, 192), (16, 256), (64,))]
     out = module.mla_heads(*given, torch.zeros(3, 32), torch.zeros(3, 32))
     torch.autograd.grad(out, given, [torch.zeros_like(tensor) for tensor in out])
@@ -218,7 +218,7 @@ def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, tmp_path: Path) -
     assert text.count("ld.global") == text.count("ld.global.v4.b32") >= 8
     assert text.count("st.global.v4.b32") >= 6
     assert "fma.rn" not in text
-    assert ("bar.sync" in text) == (kernel.function == "_backward_kernel"), "heads are summed there"
+    assert ("bar.sync" in text) == (kernel.function == "_mla_heads_backward_kernel"), "heads are summed there"
 
 
 # On the GPU at hand.
@@ -279,20 +279,13 @@ class TestOnGpu:
         for a, b in zip(found, exact, strict=True):
             assert float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm()) < 3 * ROUNDING
 
-    def test_a_captured_graph_reads_new_inputs(self, gpu: str) -> None:
+    def test_a_captured_graph_reads_new_inputs(self, gpu: str, capture: Any) -> None:
         first, second = (on_gpu(draw(f"usual-{order}"), gpu) for order in ("BSHd", "BSHd"))
         with torch.no_grad():
             for tensor in (*second[0], *second[2]):
                 tensor.mul_(-1.5).add_(0.25)
         expected = [results(*first), results(*second)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            results(*first)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = results(*first)
+        graph, found = capture(lambda: results(*first))
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(found, expected[0], strict=True))
         for old, new in zip((*first[0], *first[2]), (*second[0], *second[2]), strict=True):

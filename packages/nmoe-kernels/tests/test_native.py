@@ -423,22 +423,14 @@ def test_no_tokens(native: Ops) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[5]], ids=["some_empty", "many_rows"])
-def test_experts_in_a_cuda_graph(native: Ops, problem: Problem) -> None:
+def test_experts_in_a_cuda_graph(native: Ops, problem: Problem, capture: Any) -> None:
     """Forward and backward in one graph; a replay sees the inputs of its time, whose rows are routed otherwise."""
     layer, later = draw_layer(problem), [draw_layer(problem) for _ in range(2)]
 
     def step() -> Result:
         return run(native, layer, layer.leaves(), problem.top_k)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for inputs in later:
         for static, tensor in zip(layer, inputs, strict=True):
             static.copy_(tensor)

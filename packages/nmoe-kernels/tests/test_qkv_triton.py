@@ -199,7 +199,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any) -> None:
 
     for width in (64, 128):
         for norm in (False, True):
-            launched = [launches_of(module, name) for name in ("_forward_kernel", "_backward_kernel")]
+            launched = [launches_of(module, name) for name in ("_qkv_heads_kernel", "_qkv_heads_backward_kernel")]
             qkv = torch.zeros(2, 3, 3, 16, width).bfloat16().requires_grad_()
             gains = (torch.ones(width).bfloat16(), torch.ones(width).bfloat16()) if norm else None
             out = module.qkv_heads(qkv, gains, EPS, *(torch.zeros(3, width // 2) for _ in range(2)))
@@ -242,7 +242,7 @@ def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, tmp_path: Path) -
     assert not compiled.resources.spills
     (ptx,) = tmp_path.rglob("*.ptx")
     text = ptx.read_text()
-    backward, norm = kernel.function == "_backward_kernel", dict(kernel.constants)["NORM"]
+    backward, norm = kernel.function == "_qkv_heads_backward_kernel", dict(kernel.constants)["NORM"]
     loads = 2 * 2 + 4 if not backward else (5 if norm else 3) + 2
     assert text.count("ld.global.v4.b32") == loads, "of each tensor, and of both tables"
     assert text.count("ld.global") - text.count("ld.global.v4.b32") == 2 * norm, "the gains"
@@ -318,19 +318,12 @@ class TestOnGpu:
         for a, b in zip(found, exact_values, strict=True):
             assert float((a.detach().double().cpu() - b.detach()).norm() / b.detach().norm()) < 3 * ROUNDING
 
-    def test_a_captured_graph_reads_new_inputs(self, gpu: str) -> None:
+    def test_a_captured_graph_reads_new_inputs(self, gpu: str, capture: Any) -> None:
         first, second = (on_gpu(draw("usual-BSHd-norm"), gpu) for _ in range(2))
         for name in ("qkv", *GAINS, *GRADIENTS):
             second[name].mul_(-1.5).add_(0.25)
         expected = [results(first), results(second)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            results(first)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = results(first)
+        graph, found = capture(lambda: results(first))
         graph.replay()
         assert all(torch.equal(found[name], expected[0][name]) for name in found)
         for name, tensor in first.items():

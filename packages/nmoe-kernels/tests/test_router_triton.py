@@ -7,6 +7,7 @@ then float64's, rounded once. Random reals are compared on the GPU, with bounds.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ class TestOnGpu:
         assert torch.equal(captured, add_router_gradient(*operands))
         assert not torch.equal(captured, first)
 
-    def test_the_router_takes_it(self, gpu: str) -> None:
+    def test_the_router_takes_it(self, gpu: str, capture: Any) -> None:
         """The gradient of tokens that others read too has the kernel's bits, in a captured backward too."""
         from nmoe.kernels.native.split_cuda import split
 
@@ -224,14 +225,7 @@ class TestOnGpu:
 
         expected = add_router_gradient(addend, split(dlogits, 2), weight.detach().bfloat16())
         assert torch.equal(gradient(), expected)
-        warm = torch.cuda.Stream()
-        warm.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm):
-            gradient()
-        torch.cuda.current_stream().wait_stream(warm)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = gradient()
+        graph, captured = capture(gradient)
         graph.replay()
         assert torch.equal(captured, expected)
 

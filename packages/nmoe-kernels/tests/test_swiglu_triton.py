@@ -91,7 +91,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any, hidden: in
     """And its programs cover all rows and columns, with little beyond."""
     from nmoe.kernels.native import swiglu_triton as module
 
-    forward, backward = (launches_of(module, name) for name in ("_forward_kernel", "_backward_kernel"))
+    forward, backward = (launches_of(module, name) for name in ("_swiglu_kernel", "_swiglu_backward_kernel"))
     pre = torch.zeros(5, 2 * hidden).bfloat16().requires_grad_()
     module.swiglu(pre).sum().backward()
     listed = {kernel.name: kernel for kernel in module.TRITON_KERNELS}

@@ -1,12 +1,16 @@
 """What the GPU at hand is: its arch, and its published limits where they are known."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from nmoe.kernels.errors import UnsupportedArchError
 
 NATIVE_ARCHES = ("sm_90a", "sm_100a")
 """Arches that the native tier has kernels for. Those for `sm_100a` are compiled, and have never been run."""
+
+_Entry = TypeVar("_Entry")
 
 
 @dataclass(frozen=True)
@@ -50,3 +54,22 @@ def detect_arch(device: torch.device | str = "cuda") -> str:
     major, minor = torch.cuda.get_device_capability(device)
     suffix = "a" if major in (9, 10, 12) else ""
     return f"sm_{major}{minor}{suffix}"
+
+
+def entry_for(device: torch.device, by_arch: Mapping[str, _Entry], what: str) -> _Entry:
+    """The entry of a table by arch for a CUDA device.
+
+    Args:
+        device: whose arch is looked up.
+        by_arch: one entry for each arch that there is one for.
+        what: has the table, for the message: "the attention kernels".
+
+    Raises:
+        UnsupportedArchError: there is no entry for the device, or no CUDA device.
+    """
+    arch = detect_arch(device)
+    if arch not in by_arch:
+        raise UnsupportedArchError(
+            f"expected one of {', '.join(by_arch)} for {what}, found {arch}: set runtime.kernels = 'reference'"
+        )
+    return by_arch[arch]

@@ -126,7 +126,7 @@ def _native_ops(arch: str) -> Ops:
     from nmoe.kernels.native.mla_triton import mla_heads
     from nmoe.kernels.native.muon_cuda import muon_apply_, muon_momentum_
     from nmoe.kernels.native.newton_schulz_triton import newton_schulz
-    from nmoe.kernels.native.norm_triton import add_rms_norm, rms_norm
+    from nmoe.kernels.native.norm import add_rms_norm, rms_norm
     from nmoe.kernels.native.qkv_triton import qkv_heads
     from nmoe.kernels.native.rope_triton import rope
     from nmoe.kernels.native.routing_cuda import index_rows, route

@@ -3,15 +3,7 @@
 import ctypes
 
 import torch
-from nmoe.kernels.native.streams import (
-    DEFINES,
-    THREADS,
-    Stream,
-    blocks_for,
-    check_alignment,
-    check_streams,
-    check_words,
-)
+from nmoe.kernels.native.streams import DEFINES, Stream, check_alignment, check_streams, check_words, launch_over
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel
 
@@ -68,9 +60,6 @@ def adamw_(
     check_words("ok", ok, torch.int32, 1, weight.device)
     check_words("scalars", scalars, torch.float32, 3, weight.device)
     check_alignment(*streams)
-    n = weight.numel()
-    if n == 0:
-        return
     params = _AdamwParams(
         weight=weight.data_ptr(),
         residual=None if residual is None else residual.data_ptr(),
@@ -80,12 +69,10 @@ def adamw_(
         grad_scale=grad_scale.data_ptr(),
         ok=ok.data_ptr(),
         scalars=scalars.data_ptr(),
-        n=n,
+        n=weight.numel(),
         one_minus_beta1=1 - beta1,
         beta2=beta2,
         one_minus_beta2=1 - beta2,
         eps=eps,
     )
-    kernel = _PLAIN_KERNEL if residual is None else _SPLIT_KERNEL
-    with torch.cuda.device(weight.device):
-        kernel.launch((blocks_for(n), 1, 1), THREADS, 0, params)
+    launch_over(weight, _PLAIN_KERNEL if residual is None else _SPLIT_KERNEL, params)

@@ -14,6 +14,7 @@ import triton.language as tl
 from nmoe.kernels.native.attention_tiles_triton import (
     ahead_of_launch,
     describe,
+    describe_inputs,
     describe_parts,
     empty_heads,
     for_tma,
@@ -181,9 +182,7 @@ def attention_gradients(
 
     tile = tiles.dq
     tensors = (
-        *describe_parts(q_BHSd, tile.queries, widths),
-        *describe_parts(k_BHSd, tile.keys, widths),
-        describe(v_BHSv, tile.keys, widths.value),
+        *describe_inputs(q_BHSd, k_BHSd, v_BHSv, tile, widths),
         describe(out_BHSv, tile.queries, widths.value),
         describe(dout_BHSv, tile.queries, widths.value),
         *describe_parts(dq_BHSd, tile.queries, widths),
@@ -194,9 +193,7 @@ def attention_gradients(
 
     tile = tiles.dkdv
     tensors = (
-        *describe_parts(q_BHSd, tile.queries, widths),
-        *describe_parts(k_BHSd, tile.keys, widths),
-        describe(v_BHSv, tile.keys, widths.value),
+        *describe_inputs(q_BHSd, k_BHSd, v_BHSv, tile, widths),
         describe(dout_BHSv, tile.queries, widths.value),
         *describe_parts(dk_BHSd, tile.keys, widths),
         describe(dv_BHSv, tile.keys, widths.value),

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.arch import detect_arch
-from nmoe.kernels.errors import KernelError, ShapeError, UnsupportedArchError
+from nmoe.kernels.arch import entry_for
+from nmoe.kernels.errors import KernelError, ShapeError
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -81,13 +81,9 @@ def tiles_of(width: int, value: int, window: int, device: torch.device) -> Tiles
 
 @functools.cache
 def _tiles_by_widths(device: torch.device) -> dict[tuple[int, int, Reach], Tiles]:
-    arch = "sm_90a" if device.type == "cpu" else detect_arch(device)  # on the CPU Triton interprets
-    if arch not in TILES:
-        raise UnsupportedArchError(
-            f"expected one of {', '.join(TILES)} for the attention kernels, found {arch}: "
-            "set runtime.kernels = 'reference'"
-        )
-    return TILES[arch]
+    if device.type == "cpu":  # Triton interprets
+        return _HOPPER
+    return entry_for(device, TILES, "the attention kernels")
 
 
 def check_heads(q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, scale: float) -> None:
@@ -174,6 +170,17 @@ def describe_parts(x_BHSd: torch.Tensor, rows: int, widths: Widths) -> tuple[Ten
     """Of both parts of queries, keys, or their gradients; where there is no second part, no kernel reads its own."""
     first = describe(x_BHSd, rows, widths.key)
     return first, describe(x_BHSd, rows, widths.rest) if widths.rest else first
+
+
+def describe_inputs(
+    q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, tile: Tile, widths: Widths
+) -> tuple[TensorDescriptor, ...]:
+    """Of both parts of queries, both of keys, and values: what every kernel takes first."""
+    return (
+        *describe_parts(q_BHSd, tile.queries, widths),
+        *describe_parts(k_BHSd, tile.keys, widths),
+        describe(v_BHSv, tile.keys, widths.value),
+    )
 
 
 def empty_heads(like_BHSd: torch.Tensor, width: int) -> torch.Tensor:

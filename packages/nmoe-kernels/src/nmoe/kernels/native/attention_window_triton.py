@@ -22,7 +22,7 @@ from nmoe.kernels.native.attention_tiles_triton import (
     ahead_of_launch,
     check_heads,
     describe,
-    describe_parts,
+    describe_inputs,
     empty_heads,
     for_tma,
     hide,
@@ -41,7 +41,7 @@ _LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "window"])
-def _forward_kernel(
+def _window_attention_kernel(
     q,
     q_rest,
     k,
@@ -123,14 +123,12 @@ def _forward(
     width, value = q_BHSd.shape[3], v_BHSv.shape[3]
     tile, widths = tiles_of(width, value, window, q_BHSd.device).forward, widths_of(width, value)
     tensors = (
-        *describe_parts(q_BHSd, tile.queries, widths),
-        *describe_parts(k_BHSd, tile.keys, widths),
-        describe(v_BHSv, tile.keys, widths.value),
+        *describe_inputs(q_BHSd, k_BHSd, v_BHSv, tile, widths),
         describe(out_BHSv, tile.queries, widths.value),
         level_BHS,
     )
     numbers = (min(window, q_BHSd.shape[2]), scale * math.log2(math.e))
-    launch(_forward_kernel, tile, widths, tensors, numbers, q_BHSd, tile.queries)
+    launch(_window_attention_kernel, tile, widths, tensors, numbers, q_BHSd, tile.queries)
     return out_BHSv, level_BHS
 
 
@@ -176,7 +174,7 @@ _backward_op = torch.ops.nmoe.window_attention_backward.default
 TRITON_KERNELS = ahead_of_launch(
     "window_attention",
     __name__,
-    "_forward_kernel",
+    "_window_attention_kernel",
     ("q", "q_rest", "k", "k_rest", "v", "out", "level_ptr"),
     ("exponent",),
     0,

@@ -109,7 +109,7 @@ def _sum_blocks_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "block", "blocks"])
-def _backward_kernel(
+def _balance_backward_kernel(
     dloss_ptr,
     logits_ptr,
     coefficient_ptr,
@@ -235,7 +235,7 @@ class _BalanceLoss(torch.autograd.Function):
         length, sizes = n_tokens // n_sequences, _sizes(n_experts)
         block, blocks = _blocks(length, n_sequences, sizes["ROWS"])
         with torch.cuda.device_of(logits_TE):
-            _backward_kernel[(n_sequences * blocks,)](
+            _balance_backward_kernel[(n_sequences * blocks,)](
                 grads[0],
                 logits_TE,
                 coefficient_GE,
@@ -305,7 +305,7 @@ def _ahead_rows(n_experts: int) -> tuple[TritonKernel, TritonKernel]:
         ),
         _ahead(
             f"balance_backward_{n_experts}",
-            "_backward_kernel",
+            "_balance_backward_kernel",
             ("dloss_ptr", "logits_ptr", "coefficient_ptr", "dlogits_ptr"),
             backward,
             sizes,

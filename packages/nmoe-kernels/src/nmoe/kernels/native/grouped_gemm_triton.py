@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.arch import detect_arch
-from nmoe.kernels.errors import ShapeError, UnsupportedArchError
+from nmoe.kernels.arch import entry_for
+from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 
 _MIN_EXPERTS = 256  # a vector of one expert a thread; fewer experts need no other kernel
@@ -293,15 +293,7 @@ def grouped_wgrad(
 
 @functools.cache
 def _tiles(device: torch.device) -> Tiles:
-    if device.type == "cpu":
-        return _INTERPRETED
-    arch = detect_arch(device)
-    if arch not in _TILES:
-        raise UnsupportedArchError(
-            f"expected one of {', '.join(_TILES)} for the Triton grouped GEMM, found {arch}: "
-            "set runtime.kernels = 'reference'"
-        )
-    return _TILES[arch]
+    return _INTERPRETED if device.type == "cpu" else entry_for(device, _TILES, "the Triton grouped GEMM")
 
 
 @functools.cache

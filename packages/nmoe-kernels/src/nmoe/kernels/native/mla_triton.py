@@ -26,7 +26,7 @@ _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}  # fusio
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
-def _forward_kernel(
+def _mla_heads_kernel(
     q_ptr,
     kv_ptr,
     k_rope_ptr,
@@ -65,7 +65,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
-def _backward_kernel(
+def _mla_heads_backward_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
@@ -172,7 +172,7 @@ class _MlaHeads(torch.autograd.Function):
         v_BSHv = kv_BSHx[..., nope:]
         q_out_BSHd, k_out_BSHd = torch.empty_like(q_BSHd), torch.empty_like(q_BSHd)
         tensors = (q_BSHd, kv_BSHx, k_rope_BSr, cos, sin, q_out_BSHd, k_out_BSHd)
-        _launch(_forward_kernel, tensors, (), q_BSHd, rope, v_BSHv.shape[-1])
+        _launch(_mla_heads_kernel, tensors, (), q_BSHd, rope, v_BSHv.shape[-1])
         return q_out_BSHd, k_out_BSHd, v_BSHv
 
     @staticmethod
@@ -188,7 +188,7 @@ class _MlaHeads(torch.autograd.Function):
         dk_rope_out_BSr = dq_BSHd.new_empty(batch, length, rope)
         tensors = (*grads, cos, sin, dq_out_BSHd, dkv_out_BSHx, dk_rope_out_BSr)
         strides = tuple(stride for grad in grads for stride in grad.stride()[:3])
-        _launch(_backward_kernel, tensors, strides, dq_BSHd, rope, value, VALUE=triton.next_power_of_2(value))
+        _launch(_mla_heads_backward_kernel, tensors, strides, dq_BSHd, rope, value, VALUE=triton.next_power_of_2(value))
         return dq_out_BSHd, dkv_out_BSHx, dk_rope_out_BSr, None, None
 
 
@@ -241,10 +241,10 @@ def _ahead(name: str, function: str, tensors: tuple[str, ...], strides: tuple[st
 
 
 TRITON_KERNELS: tuple[TritonKernel, ...] = (
-    _ahead("mla_heads", "_forward_kernel", ("q", "kv", "k_rope", "cos", "sin", "q_out", "k_out"), ()),
+    _ahead("mla_heads", "_mla_heads_kernel", ("q", "kv", "k_rope", "cos", "sin", "q_out", "k_out"), ()),
     _ahead(
         "mla_heads_backward",
-        "_backward_kernel",
+        "_mla_heads_backward_kernel",
         ("dq", "dk", "dv", "cos", "sin", "dq_out", "dkv_out", "dk_rope_out"),
         _STRIDES,
         VALUE=128,

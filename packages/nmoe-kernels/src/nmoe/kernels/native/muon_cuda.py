@@ -7,15 +7,7 @@ import ctypes
 
 import torch
 from nmoe.kernels.errors import ShapeError
-from nmoe.kernels.native.streams import (
-    DEFINES,
-    THREADS,
-    Stream,
-    blocks_for,
-    check_alignment,
-    check_streams,
-    check_words,
-)
+from nmoe.kernels.native.streams import DEFINES, Stream, check_alignment, check_streams, check_words, launch_over
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel
 
@@ -56,19 +48,16 @@ def muon_momentum_(
     check_words("ok", ok, torch.int32, 1, grad.device)
     check_alignment(*streams)
     ahead = torch.empty_like(grad, dtype=torch.bfloat16)
-    n = grad.numel()
-    if n:
-        params = _MomentumParams(
-            grad=grad.data_ptr(),
-            momentum=momentum.data_ptr(),
-            ahead=ahead.data_ptr(),
-            grad_scale=grad_scale.data_ptr(),
-            ok=ok.data_ptr(),
-            n=n,
-            one_minus_beta=1 - beta,
-        )
-        with torch.cuda.device(grad.device):
-            _MOMENTUM.launch((blocks_for(n), 1, 1), THREADS, 0, params)
+    params = _MomentumParams(
+        grad=grad.data_ptr(),
+        momentum=momentum.data_ptr(),
+        ahead=ahead.data_ptr(),
+        grad_scale=grad_scale.data_ptr(),
+        ok=ok.data_ptr(),
+        n=grad.numel(),
+        one_minus_beta=1 - beta,
+    )
+    launch_over(grad, _MOMENTUM, params)
     return ahead
 
 
@@ -94,16 +83,12 @@ def muon_apply_(
     check_words("ok", ok, torch.int32, 1, weight.device)
     check_words("scalars", scalars, torch.float32, 2, weight.device)
     check_alignment(*streams)
-    n = weight.numel()
-    if n == 0:
-        return
     params = _ApplyParams(
         weight=weight.data_ptr(),
         residual=residual.data_ptr(),
         update=update.data_ptr(),
         ok=ok.data_ptr(),
         scalars=scalars.data_ptr(),
-        n=n,
+        n=weight.numel(),
     )
-    with torch.cuda.device(weight.device):
-        _APPLY.launch((blocks_for(n), 1, 1), THREADS, 0, params)
+    launch_over(weight, _APPLY, params)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.arch import detect_arch
-from nmoe.kernels.errors import ShapeError, UnsupportedArchError
+from nmoe.kernels.arch import entry_for
+from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.reference.newton_schulz import COEFFICIENTS, EPS
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 
@@ -147,15 +147,7 @@ def _symmetric(
 
 @functools.cache
 def _tile(device: torch.device) -> Tile:
-    if device.type == "cpu":
-        return _INTERPRETED
-    arch = detect_arch(device)
-    if arch not in _TILES:
-        raise UnsupportedArchError(
-            f"expected one of {', '.join(_TILES)} for the Triton Newton-Schulz, found {arch}: "
-            "set runtime.kernels = 'reference'"
-        )
-    return _TILES[arch]
+    return _INTERPRETED if device.type == "cpu" else entry_for(device, _TILES, "the Triton Newton-Schulz")
 
 
 def _options(tile: Tile) -> dict[str, Any]:

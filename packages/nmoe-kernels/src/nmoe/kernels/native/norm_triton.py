@@ -1,28 +1,22 @@
-"""RMSNorm in one pass forward and one backward, alone and after a residual's addition; the gain's gradient in fp32.
+"""RMSNorm in Triton: the forward of all rows, and the backward of those that `norm_backward_cuda` does not take.
 
-The backward of addition and norm reads both outputs' gradients and writes one, which is x's and delta's alike. Each
-row's statistic is formed in fp32 and kept. The gain's gradient is summed over each program's rows, and then over
-programs, whose number depends on no GPU: same inputs, same bits.
+Forward, a program has a few rows. Backward it takes rows in turn, sums their part of the gain's gradient, and the
+programs' sums are then added up.
 
-Shapes: R rows, D width.
+Shapes: R rows, D width, P programs' partial sums.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.main_grad import deliver
 from nmoe.kernels.runtime.triton_aot import TritonKernel
-from torch.autograd.function import once_differentiable
 
 _ELEMENTS = 1024
 """That a warp holds at a time of each tensor, unless a row has more: four loads of 16 bytes a thread."""
 _PROGRAMS = 256
 """Of the backward, at most, if they have four warps: about two for each multiprocessor of an H200, where more were
 slower (by 5% twice as many). It divides the usual numbers of tokens."""
-_MAX_WIDTH = 16_384
 _OPTIONS = {"enable_fp_fusion": False}  # said, as Triton 3.10 changes the default
 
 
@@ -109,133 +103,53 @@ def _load(pointer, stride, first, n_rows, width, ROWS: tl.constexpr, WIDTH: tl.c
     return tl.load(pointer + row * stride + column, mask=(row < n_rows) & (column < width), other=0.0)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `nmoe.kernels.reference.norm.rms_norm`: bf16; the gain's gradient goes to its `main_grad`, if any, in fp32.
+def forward(
+    x_RD: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    total: torch.Tensor | None,
+    out: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Writes the sum, if there is something to add, and its norm; returns what each row was multiplied by, fp32 (R,).
 
-    Raises:
-        ShapeError: another dtype, or shapes or devices that do not belong together, or a width above 16,384.
+    x has dense rows, at any distance from each other; all else is dense.
     """
-    _check(x, weight)
-    return _RMSNorm.apply(x, weight, eps)
-
-
-def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `nmoe.kernels.reference.norm.add_rms_norm`: bf16; the gain's gradient as `rms_norm` has it.
-
-    Raises:
-        ShapeError: another dtype, or shapes or devices that do not belong together, or a width above 16,384.
-    """
-    _check(x, weight)
-    if delta is not None and (delta.shape, delta.dtype, delta.device) != (x.shape, x.dtype, x.device):
-        raise ShapeError(
-            f"expected delta {tuple(x.shape)} of {x.dtype} on {x.device} as x is, found {tuple(delta.shape)} of "
-            f"{delta.dtype} on {delta.device}: convert it"
-        )
-    return _AddRMSNorm.apply(x, delta, weight, eps)
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    fits = (
-        x.dtype == weight.dtype == torch.bfloat16
-        and x.dim() >= 1
-        and weight.shape == x.shape[-1:]
-        and weight.is_contiguous()
-        and x.device == weight.device
-        and 1 <= x.shape[-1] <= _MAX_WIDTH
-    )
-    if not fits:
-        raise ShapeError(
-            f"expected x (…, D) and weight (D), torch.bfloat16 on one device, with D ≤ {_MAX_WIDTH}; found "
-            f"{tuple(x.shape)} of {x.dtype} on {x.device} and {tuple(weight.shape)} of {weight.dtype} on "
-            f"{weight.device}: convert them, or set runtime.kernels = 'reference'"
-        )
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        _, out, scale_R = _forward(x, None, weight, eps)
-        ctx.save_for_backward(x, scale_R)
-        ctx.weight = weight  # the very parameter: its main_grad is looked up when the gradient is there
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, scale_R = ctx.saved_tensors
-        dx, dweight = _backward(grads[0], None, x, scale_R, ctx.weight, ctx.needs_input_grad[1])
-        return dx, dweight, None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        total, out, scale_R = _forward(x, delta, weight, eps)
-        ctx.save_for_backward(total, scale_R)
-        ctx.set_materialize_grads(False)  # the last sum of a model leads nowhere
-        ctx.weight, ctx.has_delta = weight, delta is not None
-        return total, out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        dtotal, dout = grads
-        dx, dweight = dtotal, None
-        if dout is not None:
-            total, scale_R = ctx.saved_tensors
-            dx, dweight = _backward(dout, dtotal, total, scale_R, ctx.weight, ctx.needs_input_grad[2])
-        return dx, dx if ctx.has_delta else None, dweight, None
-
-
-def _forward(
-    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum (x itself, if there is no delta), its norm, and what each row was multiplied by, fp32 (R,)."""
-    x_RD, out = _rows(x), x.new_empty(x.shape)
     n_rows, width = x_RD.shape
-    total = x if delta is None else torch.empty_like(out)
-    scale_R = x.new_empty(n_rows, dtype=torch.float32)
-    if out.numel():
+    scale_R = x_RD.new_empty(n_rows, dtype=torch.float32)
+    if n_rows:
         sizes = _sizes(width)
-        tensors = (x_RD, x_RD if delta is None else delta.contiguous(), weight, total, out, scale_R)
+        add = delta is not None
+        tensors = (x_RD, delta if add else x_RD, weight, total if add else out, out, scale_R)
         numbers = (x_RD.stride(0), n_rows, width, eps)
-        with torch.cuda.device_of(x):
-            _norm_kernel[(triton.cdiv(n_rows, sizes["ROWS"]),)](
-                *tensors, *numbers, ADD=delta is not None, **sizes, **_OPTIONS
-            )
-    return total, out, scale_R
+        with torch.cuda.device_of(x_RD):
+            _norm_kernel[(triton.cdiv(n_rows, sizes["ROWS"]),)](*tensors, *numbers, ADD=add, **sizes, **_OPTIONS)
+    return scale_R
 
 
-def _backward(
+def backward(
     dout: torch.Tensor,
     dtotal: torch.Tensor | None,
-    x: torch.Tensor,
+    x_RD: torch.Tensor,
     scale_R: torch.Tensor,
     weight: torch.Tensor,
+    dx: torch.Tensor,
     wants_dweight: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the norm's input, the sum's own added, and of the gain unless that has a `main_grad`."""
-    x_RD, dout, dx = _rows(x), dout.contiguous(), x.new_empty(x.shape)
+) -> torch.Tensor | None:
+    """Writes the gradient of x, the sum's own added; returns that of the gain, unless it has a `main_grad`.
+
+    x has dense rows, at any distance from each other; all else is dense.
+    """
     n_rows, width = x_RD.shape
     sizes = _sizes(width)
     programs = min(max(1, _PROGRAMS * 4 // sizes["num_warps"]), triton.cdiv(n_rows, sizes["ROWS"]))
-    dweight_PD = x.new_empty(programs, width, dtype=torch.float32)
+    dweight_PD = x_RD.new_empty(programs, width, dtype=torch.float32)
     if programs:
-        tensors = (dout, dout if dtotal is None else dtotal.contiguous(), x_RD, weight, scale_R, dx, dweight_PD)
+        tensors = (dout, dout if dtotal is None else dtotal, x_RD, weight, scale_R, dx, dweight_PD)
         numbers = (x_RD.stride(0), n_rows, width)
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(x_RD):
             _norm_backward_kernel[(programs,)](*tensors, *numbers, ADD=dtotal is not None, **sizes, **_OPTIONS)
-    return dx, deliver(weight, dweight_PD.sum(0)) if wants_dweight else None
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(R, D) with dense rows: a view where strides allow it, as they do for some columns of a projection."""
-    x_RD = x.reshape(-1, x.shape[-1])
-    return x_RD if x_RD.stride(1) == 1 else x_RD.contiguous()
+    return deliver(weight, dweight_PD.sum(0)) if wants_dweight else None
 
 
 def _sizes(width: int) -> dict[str, int]:
@@ -245,17 +159,26 @@ def _sizes(width: int) -> dict[str, int]:
     return {"ROWS": max(1, _ELEMENTS * warps // padded), "WIDTH": padded, "num_warps": warps}
 
 
-def _ahead(name: str, add: bool, width: int, backward: bool) -> TritonKernel:
-    names = ("dout", "dtotal", "x", "weight", "scale", "dx", "dweight") if backward else _FORWARD
-    pointers = {f"{name}_ptr": "*fp32" if name in ("scale", "dweight") else "*bf16" for name in names}
-    numbers = {"x_row": "i32", "n_rows": "i32", "width": "i32"} | ({} if backward else {"eps": "fp32"})
+def _ahead(name: str, add: bool, width: int) -> TritonKernel:
+    return _kernel(f"{name}_{width}", "_norm_kernel", _FORWARD, {"eps": "fp32"}, add, width)
+
+
+def _ahead_backward(name: str, add: bool, width: int) -> TritonKernel:
+    return _kernel(f"{name}_backward_{width}", "_norm_backward_kernel", _BACKWARD, {}, add, width)
+
+
+def _kernel(
+    name: str, function: str, tensors: tuple[str, ...], more: dict[str, str], add: bool, width: int
+) -> TritonKernel:
+    pointers = {f"{tensor}_ptr": "*fp32" if tensor in ("scale", "dweight") else "*bf16" for tensor in tensors}
+    numbers = {"x_row": "i32", "n_rows": "i32", "width": "i32"}
     sizes = _sizes(width)
     return TritonKernel(
-        f"{name}_backward_{width}" if backward else f"{name}_{width}",
+        name,
         __name__,
-        "_norm_backward_kernel" if backward else "_norm_kernel",
+        function,
         ("sm_90a", "sm_100a"),
-        tuple((pointers | numbers).items()),
+        tuple((pointers | numbers | more).items()),
         constants=(("ADD", add), ("ROWS", sizes["ROWS"]), ("WIDTH", sizes["WIDTH"])),
         aligned=(*pointers, "x_row", "width"),
         options=(("num_warps", sizes["num_warps"]), *_OPTIONS.items()),
@@ -263,11 +186,12 @@ def _ahead(name: str, add: bool, width: int, backward: bool) -> TritonKernel:
 
 
 _FORWARD = ("x", "delta", "weight", "total", "out", "scale")
+_BACKWARD = ("dout", "dtotal", "x", "weight", "scale", "dx", "dweight")
 
-TRITON_KERNELS: tuple[TritonKernel, ...] = tuple(
-    _ahead(name, name == "add_rms_norm", width, backward)
-    for name, widths in (("rms_norm", (512, 1024, 2048)), ("add_rms_norm", (1024, 2048)))
-    for width in widths
-    for backward in (False, True)
+TRITON_KERNELS: tuple[TritonKernel, ...] = (
+    *(_ahead("rms_norm", False, width) for width in (512, 1024, 2048)),
+    *(_ahead("add_rms_norm", True, width) for width in (1024, 2048)),
+    _ahead_backward("rms_norm", False, 128),
+    _ahead_backward("add_rms_norm", True, 128),
 )
-"""What is compiled ahead: for widths up to these powers of two, multiples of 16."""
+"""What is compiled ahead: for widths up to these powers of two, multiples of 16; backward, a head's."""

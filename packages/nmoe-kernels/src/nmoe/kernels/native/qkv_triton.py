@@ -32,7 +32,7 @@ _OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}  # fusio
 
 
 @triton.jit(do_not_specialize=["n_tokens", "length", "heads"])
-def _forward_kernel(
+def _qkv_heads_kernel(
     qkv_ptr,
     q_gain_ptr,
     k_gain_ptr,
@@ -68,7 +68,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tokens", "length", "heads"])
-def _backward_kernel(
+def _qkv_heads_backward_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
@@ -223,7 +223,7 @@ class _QkvHeads(torch.autograd.Function):
         if out_2BSHd.numel():
             tensors = (qkv_BS3Hd, *_gain_arguments(q_gain, k_gain, qkv_BS3Hd), cos, sin, out_2BSHd)
             with torch.cuda.device_of(qkv_BS3Hd):
-                _forward_kernel[(triton.cdiv(batch * length, sizes["TOKENS"]),)](
+                _qkv_heads_kernel[(triton.cdiv(batch * length, sizes["TOKENS"]),)](
                     *tensors,
                     *(batch * length, length, heads, width // 2, eps),
                     NORM=q_gain is not None,
@@ -248,7 +248,7 @@ class _QkvHeads(torch.autograd.Function):
             tables_and_gains = (*_gain_arguments(q_gain, k_gain, qkv_BS3Hd), cos, sin)
             strides = (stride for grad in grads for stride in grad.stride()[:3])
             with torch.cuda.device_of(dqkv_BS3Hd):
-                _backward_kernel[(programs,)](
+                _qkv_heads_backward_kernel[(programs,)](
                     *(*grads, qkv_BS3Hd, *tables_and_gains, dqkv_BS3Hd, dgain_P2d),
                     *strides,
                     *(batch * length, length, heads, width // 2, ctx.eps),
@@ -289,7 +289,7 @@ def _ahead(width: int, norm: bool, backward: bool) -> TritonKernel:
     return TritonKernel(
         f"qkv_heads{'_backward' * backward}_{width}{'_norm' * norm}",
         __name__,
-        "_backward_kernel" if backward else "_forward_kernel",
+        "_qkv_heads_backward_kernel" if backward else "_qkv_heads_kernel",
         ("sm_90a", "sm_100a"),
         tuple(types.items()),
         constants=(("NORM", norm), *_sizes(width, _ELEMENTS_BACKWARD if backward else _ELEMENTS).items()),

@@ -1,12 +1,14 @@
-"""What the kernels that stream flat tensors share: checks of what they are given, and their grid.
+"""What the kernels that stream flat tensors share: checks of what they are given, and their launch.
 
 A block of `THREADS` threads takes `PIECES` pieces of four elements a thread.
 """
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 from nmoe.kernels.errors import ShapeError
+from nmoe.kernels.runtime.launch import CudaKernel
 
 THREADS, PIECES = 256, 2
 DEFINES = (("THREADS", THREADS), ("PIECES", PIECES))
@@ -67,9 +69,12 @@ def check_words(name: str, tensor: torch.Tensor, dtype: torch.dtype, count: int,
         raise _not_as_expected(f"{name} of {count} elements", dtype, device, tensor)
 
 
-def blocks_for(n: int) -> int:
-    """Blocks that cover n elements."""
-    return -(-n // (THREADS * PIECES * 4))
+def launch_over(tensor: torch.Tensor, kernel: CudaKernel, params: ctypes.Structure) -> None:
+    """One launch on the tensor's device, of as many blocks as take all its elements; none where it has no element."""
+    blocks = -(-tensor.numel() // (THREADS * PIECES * 4))
+    if blocks:
+        with torch.cuda.device(tensor.device):
+            kernel.launch((blocks, 1, 1), THREADS, 0, params)
 
 
 def _not_as_expected(what: str, dtype: torch.dtype, device: torch.device, found: torch.Tensor) -> ShapeError:

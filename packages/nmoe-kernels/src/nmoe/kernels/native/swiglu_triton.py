@@ -20,7 +20,7 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fusion said: Triton 3.
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _forward_kernel(pre_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_kernel(pre_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < hidden)
@@ -32,7 +32,7 @@ def _forward_kernel(pre_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward_kernel(dout_ptr, pre_ptr, dpre_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu_backward_kernel(dout_ptr, pre_ptr, dpre_ptr, rows, hidden, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < hidden)
@@ -71,7 +71,7 @@ class _SwiGLU(torch.autograd.Function):
         pre_T2F = pre_T2F.contiguous()
         ctx.save_for_backward(pre_T2F)
         out_TF = pre_T2F.new_empty(*pre_T2F.shape[:-1], pre_T2F.shape[-1] // 2)
-        _launch(_forward_kernel, out_TF, pre_T2F, out_TF)
+        _launch(_swiglu_kernel, out_TF, pre_T2F, out_TF)
         return out_TF
 
     @staticmethod
@@ -79,7 +79,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (pre_T2F,) = ctx.saved_tensors
         dout_TF, dpre_T2F = grads[0].contiguous(), torch.empty_like(pre_T2F)
-        _launch(_backward_kernel, dout_TF, dout_TF, pre_T2F, dpre_T2F)
+        _launch(_swiglu_backward_kernel, dout_TF, dout_TF, pre_T2F, dpre_T2F)
         return dpre_T2F
 
 
@@ -117,7 +117,10 @@ def _ahead(name: str, function: str, block: int, *pointers: str) -> TritonKernel
 
 
 TRITON_KERNELS = (
-    *(_ahead("swiglu", "_forward_kernel", block, "pre_ptr", "out_ptr") for block in _BLOCKS),
-    *(_ahead("swiglu_backward", "_backward_kernel", block, "dout_ptr", "pre_ptr", "dpre_ptr") for block in _BLOCKS),
+    *(_ahead("swiglu", "_swiglu_kernel", block, "pre_ptr", "out_ptr") for block in _BLOCKS),
+    *(
+        _ahead("swiglu_backward", "_swiglu_backward_kernel", block, "dout_ptr", "pre_ptr", "dpre_ptr")
+        for block in _BLOCKS
+    ),
 )
 """What is compiled ahead: for widths of multiples of 16."""
