@@ -7,12 +7,40 @@ import pytest
 from nmoe.rdep.schema import RdepConfig
 from pydantic import ValidationError
 
-
-def test_default_is_local() -> None:
-    assert RdepConfig().transport == "local"
+CHOICES = {(1, "cpu"): "local", (1, "cuda"): "local", (2, "cpu"): "shm", (8, "cuda"): "ipc"}
 
 
-@pytest.mark.parametrize("section", [{"transport": "nccl"}, {"transprot": "local"}, {"transport": None}])
+@pytest.mark.parametrize(("ranks", "device"), CHOICES)
+def test_an_absent_transport_is_the_one_that_ranks_and_device_need(ranks: int, device: str) -> None:
+    assert RdepConfig().transport_for(ranks, device) == CHOICES[ranks, device]
+    assert RdepConfig().problems(ranks, device) == []
+
+
+@pytest.mark.parametrize("transport", ["local", "ipc", "shm"])
+@pytest.mark.parametrize(("ranks", "device"), CHOICES)
+def test_a_set_transport_stays_and_one_that_cannot_serve_is_named_with_the_remedy(
+    transport: str, ranks: int, device: str
+) -> None:
+    config, needed = RdepConfig(transport=transport), CHOICES[ranks, device]
+    assert config.transport_for(ranks, device) == transport, "nothing falls back"
+    problems = config.problems(ranks, device)
+    assert bool(problems) == (transport != needed)
+    for problem in problems:
+        assert f"'{transport}'" in problem
+        assert f"runtime.world_size = {ranks} and runtime.device = '{device}'" in problem
+        assert f"use '{needed}'" in problem
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"transport": "nccl"},
+        {"transport": "hybrid"},
+        {"transprot": "local"},
+        {"capacity_factor": 0.99},
+        {"timeout_s": 0},
+    ],
+)
 def test_refuses_what_it_does_not_know(section: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         RdepConfig.model_validate(section)

@@ -4,10 +4,17 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
+    "CapacityError": "errors",
+    "PeerTimeoutError": "errors",
     "RdepConfig": "schema",
     "RdepError": "errors",
+    "SymmetricMemoryError": "errors",
     "Transport": "transport",
     "TransportUnavailableError": "errors",
+    "World": "world",
+    "WorldError": "errors",
+    "alone": "world",
+    "join_world": "world",
     "open_transport": "transport",
 }
 __all__ = list(_EXPORTS)

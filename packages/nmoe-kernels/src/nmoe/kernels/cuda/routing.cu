@@ -6,7 +6,9 @@
 // sums the counts of earlier chunks and places its own.
 //
 // Macros: CHUNKS; BLOCK_ROWS, rows of one schedule entry; SCHEDULE_HEAD, words before the first; SLOTS (only of a compile
-// for `route`), experts per lane of the quick selection (4, 8 or 16), 0 for none.
+// for `route`), experts per lane of the quick selection (4, 8 or 16), 0 for none; SLAB (only of one for `count_rows` or
+// `index_rows`): 1 orders what other ranks sent. The tokens are then the slab's rows, N for each source, of which the
+// first `count` are there; an expert of -1 is another rank's; and if there are more rows than `capacity`, none is ordered.
 
 constexpr unsigned FULL = 0xffffffffu;
 
@@ -301,7 +303,22 @@ struct IndexParams {
   int* offset_E;
   int* schedule;
   int n_tokens, n_experts, top_k;
+#if SLAB
+  int most_tokens, capacity;  // N, R
+  const int* count_W;
+  int* healthy;
+  int* record;  // of faults: see link.cuh
+#endif
 };
+
+// The expert of a flat row index; negative: there is no such row here.
+__device__ __forceinline__ int expert_at(const IndexParams& p, int i) {
+#if SLAB
+  const int token = i / p.top_k, source = token / p.most_tokens;
+  if (token - source * p.most_tokens >= p.count_W[source]) return -1;
+#endif
+  return p.expert_TK[i];
+}
 
 // Dynamic shared memory: counts (E).
 extern "C" __global__ void __launch_bounds__(1024) count_rows(const __grid_constant__ IndexParams p) {
@@ -309,8 +326,10 @@ extern "C" __global__ void __launch_bounds__(1024) count_rows(const __grid_const
   for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) count_E[e] = 0;
   __syncthreads();
   const Chunk chunk = chunk_of(blockIdx.x, p.n_tokens);
-  for (int i = chunk.first * p.top_k + threadIdx.x; i < chunk.last * p.top_k; i += blockDim.x)
-    atomicAdd(&count_E[p.expert_TK[i]], 1);
+  for (int i = chunk.first * p.top_k + threadIdx.x; i < chunk.last * p.top_k; i += blockDim.x) {
+    const int expert = expert_at(p, i);
+    if (!SLAB || expert >= 0) atomicAdd(&count_E[expert], 1);
+  }
   __syncthreads();
   for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) p.histogram_BE[blockIdx.x * p.n_experts + e] = count_E[e];
 }
@@ -351,7 +370,10 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
   const int first = chunk.first * p.top_k, last = chunk.last * p.top_k;
   const int part = ((last - first + warps - 1) / warps + 31) / 32 * 32;
   const int part_first = smaller(first + warp * part, last), part_last = smaller(part_first + part, last);
-  for (int i = part_first + lane; i < part_last; i += 32) atomicAdd(&cursor_E[warp * n + p.expert_TK[i]], 1);
+  for (int i = part_first + lane; i < part_last; i += 32) {
+    const int expert = expert_at(p, i);
+    if (!SLAB || expert >= 0) atomicAdd(&cursor_E[warp * n + expert], 1);
+  }
 
   const int threads = blockDim.x, strands = n < threads ? smaller(threads / n, CHUNKS) : 1;
   for (int i = threadIdx.x; i < n * strands; i += blockDim.x) {
@@ -376,7 +398,28 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     sum.blocks += (offset_E[e] + BLOCK_ROWS - 1) / BLOCK_ROWS;
   }
   Pair at = scan_before(sum, scratch);
+#if SLAB
+  __shared__ bool full;
+  if (threadIdx.x == threads - 1) {
+    const int needed = at.rows + sum.rows;
+    full = needed > p.capacity;
+    if (full && blockIdx.x == 0) {
+      *p.healthy = 0;
+      volatile int* const record = p.record;
+      if (record[0] == 0) {
+        record[3] = needed, record[4] = p.capacity;
+        __threadfence_system();
+        record[0] = 2;
+      }
+    }
+  }
+  __syncthreads();
+  if (full) at = {0, 0};
+#endif
   for (int e = e_first; e < e_last; ++e) {
+#if SLAB
+    if (full) offset_E[e] = 0;
+#endif
     const int rows = offset_E[e];
     offset_E[e] = at.rows, entry_E[e] = at.blocks;
     int row = at.rows + before_E[e];
@@ -392,7 +435,11 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
 
   for (int at_32 = part_first; at_32 < part_last; at_32 += 32) {
     const int i = at_32 + lane;
-    const int expert = i < part_last ? p.expert_TK[i] : -1;
+    int expert = i < part_last ? expert_at(p, i) : -1;
+#if SLAB
+    if (full) expert = -1;
+    if (expert < 0 && i < part_last) p.row_TK[i] = -1;
+#endif
     const unsigned same = __match_any_sync(FULL, expert);
     const int earlier = __popc(same & ((1u << lane) - 1));
     if (expert >= 0) {

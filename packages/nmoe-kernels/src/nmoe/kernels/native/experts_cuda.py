@@ -6,6 +6,7 @@ backward: x, the pre-activation and the indices. Nothing is recomputed but the a
 Shapes: T tokens, D model width, F expert width, e experts, K experts per token, R = T·K rows in expert order.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -152,9 +153,8 @@ def _gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | Non
     dout_TD = grads[0]
     if dout_TD is None:
         return None, *none, None, None, None, None
-    for weight in ctx.weights:
-        _check_accumulator(weight)  # of both, before either counts as written
-    into, add, rounded = zip(*(_target(weight) for weight in ctx.weights), strict=True)
+    check_accumulators(ctx.weights)  # of both, before either counts as written
+    into, add, rounded = zip(*(gradient_target(weight) for weight in ctx.weights), strict=True)
     dx_TD, dgate_TK = _backward_op(dout_TD, *ctx.saved_tensors, *ctx.weights, *into, *add)
     dw13, dw2 = (
         target.to(weight.dtype) if target is not None and wanted else None
@@ -163,7 +163,7 @@ def _gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | Non
     return dx_TD, *none, dgate_TK, dw13, dw2, None
 
 
-def _target(weight: torch.Tensor) -> tuple[torch.Tensor | None, bool, bool]:
+def gradient_target(weight: torch.Tensor) -> tuple[torch.Tensor | None, bool, bool]:
     """Where a weight's gradient goes, whether it is added to what is there, and whether autograd wants it rounded."""
     if not weight.requires_grad:
         return None, False, False
@@ -173,14 +173,20 @@ def _target(weight: torch.Tensor) -> tuple[torch.Tensor | None, bool, bool]:
     return *claimed, False
 
 
-def _check_accumulator(weight: torch.Tensor) -> None:
-    into = accumulator_of(weight) if weight.requires_grad else None
-    if into is not None and (into.dtype != torch.float32 or not into.is_contiguous() or into.storage_offset() % 4):
-        raise ShapeError(
-            "expected a contiguous torch.float32 main_grad that starts at a multiple of 16 bytes, found "
-            f"{into.dtype} with strides {into.stride()} from element {into.storage_offset()} of its storage: "
-            "allocate it with torch.empty_like(weight, dtype=torch.float32)"
-        )
+def check_accumulators(weights: Iterable[torch.Tensor]) -> None:
+    """The grouped weight gradients can write to the weights' `main_grad`, where there is one.
+
+    Raises:
+        ShapeError: they cannot.
+    """
+    for weight in weights:
+        into = accumulator_of(weight) if weight.requires_grad else None
+        if into is not None and (into.dtype != torch.float32 or not into.is_contiguous() or into.storage_offset() % 4):
+            raise ShapeError(
+                "expected a contiguous torch.float32 main_grad that starts at a multiple of 16 bytes, found "
+                f"{into.dtype} with strides {into.stride()} from element {into.storage_offset()} of its storage: "
+                "allocate it with torch.empty_like(weight, dtype=torch.float32)"
+            )
 
 
 _LIBRARY = torch.library.Library("nmoe", "FRAGMENT")

@@ -35,15 +35,20 @@ _ROUTE_SOURCES = {
     limit: CudaSource(f"route_e{limit}", "routing.cu", "route", _ARCHES, (*_DEFINES, ("SLOTS", slots)))
     for limit, slots in _SLOTS.items()
 }
-_BACKWARD_SOURCE, _COUNT_SOURCE, _INDEX_SOURCE = (
-    CudaSource(entry, "routing.cu", entry, _ARCHES, _DEFINES)
-    for entry in ("route_backward", "count_rows", "index_rows")
-)
-SOURCES = (*_ROUTE_SOURCES.values(), _BACKWARD_SOURCE, _COUNT_SOURCE, _INDEX_SOURCE)
+_BACKWARD_SOURCE = CudaSource("route_backward", "routing.cu", "route_backward", _ARCHES, (*_DEFINES, ("SLAB", 0)))
+_INDEX_SOURCES = {
+    (entry, slab): CudaSource(
+        f"{entry}_of_slab" if slab else entry, "routing.cu", entry, _ARCHES, (*_DEFINES, ("SLAB", slab))
+    )
+    for entry in ("count_rows", "index_rows")
+    for slab in (0, 1)
+}
+SOURCES = (*_ROUTE_SOURCES.values(), _BACKWARD_SOURCE, *_INDEX_SOURCES.values())
 """Every compile of this module."""
 
 _ROUTE = {limit: CudaKernel(source) for limit, source in _ROUTE_SOURCES.items()}
-_BACKWARD, _COUNT, _INDEX = (CudaKernel(source) for source in (_BACKWARD_SOURCE, _COUNT_SOURCE, _INDEX_SOURCE))
+_BACKWARD = CudaKernel(_BACKWARD_SOURCE)
+_INDEX = {key: CudaKernel(source) for key, source in _INDEX_SOURCES.items()}
 
 
 class Routing(NamedTuple):
@@ -95,6 +100,14 @@ class _IndexParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("expert", "histogram", "order", "token", "row", "offset", "schedule")),
         *((name, ctypes.c_int) for name in ("n_tokens", "n_experts", "top_k")),
+    )
+
+
+class _SlabIndexParams(ctypes.Structure):
+    _fields_ = (
+        *_IndexParams._fields_,
+        *((name, ctypes.c_int) for name in ("most_tokens", "capacity")),
+        *((name, ctypes.c_void_p) for name in ("count", "healthy", "record")),
     )
 
 
@@ -177,6 +190,71 @@ def index_rows(expert_TK: torch.Tensor, n_experts: int, histogram_BE: torch.Tens
                 f"{tuple(histogram_BE.shape)} on {histogram_BE.device}: give the one that came with these experts"
             )
     return RowIndex(*_index_rows_op(expert_TK, n_experts, histogram_BE))
+
+
+def index_slab(
+    expert_SK: torch.Tensor,
+    count_W: torch.Tensor,
+    n_experts: int,
+    capacity: int,
+    *,
+    healthy: torch.Tensor,
+    record: torch.Tensor,
+) -> RowIndex:
+    """The order of what all ranks sent to this one: rows by local expert, then source, then token, then slot.
+
+    Row s of the slab, s = source·N + ordinal, counts as a token. `row_TK` is -1 where a slab row, or its slot, has no
+    row here; `order_R` and `token_R` are undefined from `offset[n_experts]` on. If more than `capacity` rows are needed
+    none is ordered, `healthy` becomes 0, and the record tells a fault of code 2 with both numbers.
+
+    Args:
+        expert_SK: int32, contiguous; local experts, or -1 for another rank's. S = W·N.
+        count_W: int32, contiguous; how many of each source's N rows are there.
+        n_experts: e of this rank.
+        capacity: most rows R.
+        healthy: int32 word on the device.
+        record: int32 words that the device can write: fault, rank, phase, rows needed, rows there were.
+
+    Raises:
+        ShapeError: a tensor is not as described.
+    """
+    _check_tensor("experts (S, K)", expert_SK, torch.int32, 2)
+    _check_tensor("counts (W)", count_W, torch.int32, 1)
+    _check_experts(n_experts)
+    slab_rows, top_k = expert_SK.shape
+    if not count_W.numel() or slab_rows % count_W.numel():
+        raise ShapeError(
+            f"expected as many slab rows of each source, found {slab_rows} rows of {count_W.numel()} sources: give one "
+            "count for each source of the slab"
+        )
+    _check_rows(slab_rows * top_k)
+    _check_rows(capacity)
+    index = RowIndex(
+        expert_SK.new_empty(capacity),
+        expert_SK.new_empty(capacity),
+        torch.empty_like(expert_SK),
+        expert_SK.new_empty(n_experts + 1),
+        expert_SK.new_empty(SCHEDULE_HEAD + 4 * max_row_blocks(capacity, n_experts)),
+    )
+    counts_BE = expert_SK.new_empty(CHUNKS, n_experts)
+    params = _SlabIndexParams(
+        expert_SK.data_ptr(),
+        counts_BE.data_ptr(),
+        *(tensor.data_ptr() for tensor in index),
+        slab_rows,
+        n_experts,
+        top_k,
+        slab_rows // count_W.numel(),
+        capacity,
+        count_W.data_ptr(),
+        healthy.data_ptr(),
+        record.data_ptr(),
+    )
+    warps = _warps(n_experts)
+    with torch.cuda.device(expert_SK.device):
+        _INDEX["count_rows", 1].launch((CHUNKS, 1, 1), 1024, 4 * n_experts, params)
+        _INDEX["index_rows", 1].launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_experts * (3 + warps) + 2), params)
+    return index
 
 
 def max_row_blocks(n_rows: int, n_experts: int) -> int:
@@ -298,8 +376,8 @@ def _index_rows_cuda(expert_TK: torch.Tensor, n_experts: int, histogram_BE: torc
     warps = _warps(n_experts)
     with torch.cuda.device(expert_TK.device):
         if histogram_BE is None:
-            _COUNT.launch((CHUNKS, 1, 1), 1024, 4 * n_experts, params)
-        _INDEX.launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_experts * (3 + warps) + 2), params)
+            _INDEX["count_rows", 0].launch((CHUNKS, 1, 1), 1024, 4 * n_experts, params)
+        _INDEX["index_rows", 0].launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_experts * (3 + warps) + 2), params)
     return order_R, token_R, row_TK, offset_E, schedule
 
 

@@ -79,6 +79,68 @@ def experts(
     return _Experts.apply(gemms, x_TD, index, gate_TK, w13_e2FD, w2_eDF)
 
 
+def expert_rows(
+    gemms: GroupedGemms,
+    x_TD: torch.Tensor,
+    token_R: torch.Tensor,
+    offset_E: torch.Tensor,
+    w13_e2FD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's output, not gated, (R, D), and its pre-activation, (R, 2F), which the backward needs.
+
+    Args:
+        gemms: the grouped products to use.
+        x_TD: what `token_R` picks the rows from, in expert order.
+        token_R: the token of each row.
+        offset_E: the first row of each expert, and the number of rows.
+        w13_e2FD: gate and up projections.
+        w2_eDF: down projections.
+    """
+    pre_R2F = gemms.grouped_gemm(x_TD[token_R], w13_e2FD.flatten(1, 2).transpose(1, 2), offset_E)
+    return gemms.grouped_gemm(swiglu_forward(pre_R2F), w2_eDF.transpose(1, 2), offset_E), pre_R2F
+
+
+class RowGradients(NamedTuple):
+    """What the backward of the rows gives."""
+
+    dx_RD: torch.Tensor
+    """Each row's gradient of its token."""
+    dgate_R: torch.Tensor
+    """Of each row's gate, from ungated rows."""
+    dw13: torch.Tensor | None
+    """None where the weight's `main_grad` has it, or none was asked for."""
+    dw2: torch.Tensor | None
+
+
+def expert_rows_backward(
+    gemms: GroupedGemms,
+    dout_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    token_R: torch.Tensor,
+    gate_R: torch.Tensor,
+    pre_R2F: torch.Tensor,
+    offset_E: torch.Tensor,
+    w13_e2FD: torch.Tensor,
+    w2_eDF: torch.Tensor,
+) -> RowGradients:
+    """The backward of the sum of gated rows. `dout_TD` is what `token_R` picks the rows' gradients from; the rest is as
+    `expert_rows` was given it, or gave it."""
+    gate_R1 = gate_R[:, None]
+    dout_RD = dout_TD[token_R]
+    dh_RF = gemms.grouped_gemm(dout_RD, w2_eDF, offset_E)  # of ungated rows
+    h_RF = swiglu_forward(pre_R2F)
+    wide = torch.promote_types(h_RF.dtype, gate_R.dtype)
+    dgate_R = (dh_RF.to(wide) * h_RF).sum(-1)
+    dpre_R2F = swiglu_backward((dh_RF * gate_R1).to(h_RF.dtype), pre_R2F)
+    del dh_RF
+
+    dw2 = _wgrad(gemms, dout_RD, (h_RF * gate_R1).to(h_RF.dtype), offset_E, w2_eDF)
+    del dout_RD, h_RF
+    dw13 = _wgrad(gemms, dpre_R2F, x_TD[token_R], offset_E, w13_e2FD)
+    return RowGradients(gemms.grouped_gemm(dpre_R2F, w13_e2FD.flatten(1, 2), offset_E), dgate_R, dw13, dw2)
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,34 +152,19 @@ class _Experts(torch.autograd.Function):
         w13_e2FD: torch.Tensor,
         w2_eDF: torch.Tensor,
     ) -> torch.Tensor:
-        rows_RD = x_TD[index.order_R // gate_TK.shape[1]]
-        pre_R2F = gemms.grouped_gemm(rows_RD, w13_e2FD.flatten(1, 2).transpose(1, 2), index.offset_E)
-        y_RD = gemms.grouped_gemm(swiglu_forward(pre_R2F), w2_eDF.transpose(1, 2), index.offset_E)
+        token_R = index.order_R // gate_TK.shape[1]
+        y_RD, pre_R2F = expert_rows(gemms, x_TD, token_R, index.offset_E, w13_e2FD, w2_eDF)
         ctx.gemms, ctx.w13, ctx.w2 = gemms, w13_e2FD, w2_eDF
         ctx.save_for_backward(x_TD, gate_TK, pre_R2F, index.order_R, index.row_TK, index.offset_E)
         return _sum_slots(y_RD, index.row_TK, gate_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gemms, w13_e2FD, w2_eDF = ctx.gemms, ctx.w13, ctx.w2
         x_TD, gate_TK, pre_R2F, order_R, row_TK, offset_E = ctx.saved_tensors
-        token_R = order_R // gate_TK.shape[1]
-        gate_R1 = gate_TK.reshape(-1)[order_R, None]
-
-        dout_RD = grads[0][token_R]
-        dh_RF = gemms.grouped_gemm(dout_RD, w2_eDF, offset_E)  # of ungated rows
-        h_RF = swiglu_forward(pre_R2F)
-        wide = torch.promote_types(h_RF.dtype, gate_TK.dtype)
-        dgate_R = (dh_RF.to(wide) * h_RF).sum(-1)
-        dgate_TK = dgate_R[row_TK].to(gate_TK.dtype)
-        dpre_R2F = swiglu_backward((dh_RF * gate_R1).to(h_RF.dtype), pre_R2F)
-        del dh_RF
-
-        dw2 = _wgrad(gemms, dout_RD, (h_RF * gate_R1).to(h_RF.dtype), offset_E, w2_eDF)
-        del dout_RD, h_RF
-        dw13 = _wgrad(gemms, dpre_R2F, x_TD[token_R], offset_E, w13_e2FD)
-        dx_RD = gemms.grouped_gemm(dpre_R2F, w13_e2FD.flatten(1, 2), offset_E)
-        return None, _sum_slots(dx_RD, row_TK, None), None, dgate_TK, dw13, dw2
+        token_R, gate_R = order_R // gate_TK.shape[1], gate_TK.reshape(-1)[order_R]
+        rows = expert_rows_backward(ctx.gemms, grads[0], x_TD, token_R, gate_R, pre_R2F, offset_E, ctx.w13, ctx.w2)
+        dgate_TK = rows.dgate_R[row_TK].to(gate_TK.dtype)
+        return None, _sum_slots(rows.dx_RD, row_TK, None), None, dgate_TK, rows.dw13, rows.dw2
 
 
 def _wgrad(

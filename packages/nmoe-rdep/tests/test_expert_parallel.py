@@ -1,0 +1,41 @@
+"""Expert parallelism over ranks that are processes: against one rank's layer, bit for bit from launch to launch, and
+what is said when something is wrong. The same scripts run on CPUs over shared memory and on GPUs over NVLink."""
+
+import pytest
+from nmoe.rdep.expert_parallel import row_capacity
+
+SCRIPT = "expert_parallel_ranks.py"
+ON = [
+    (2, "cpu"),
+    (4, "cpu"),
+    pytest.param(2, "cuda", marks=pytest.mark.multigpu(2)),
+    pytest.param(4, "cuda", marks=pytest.mark.multigpu(4)),
+]
+
+
+@pytest.mark.parametrize(("size", "device"), ON)
+def test_a_layer_of_several_ranks(ranks, size: int, device: str) -> None:
+    """Outputs and all gradients are one rank's, loads are conserved, also with skew, without tokens, and in evaluation;
+    launches with random delays give the same bits; many exchanges of random sizes find no mismatch; too many rows end
+    with the factor that is then enough. In one start of the ranks, which is what takes the time."""
+    ranks.run_ranks(SCRIPT, size, device, "equals", "bits", "stress200", "overflow")
+
+
+@pytest.mark.parametrize(("size", "device"), [ON[0], ON[2]])
+def test_a_dead_peer_is_named(ranks, size: int, device: str) -> None:
+    ranks.run_ranks(SCRIPT, size, device, "dead")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("size", "device"), ON)
+def test_ten_thousand_exchanges_find_no_mismatch(ranks, size: int, device: str) -> None:
+    ranks.run_ranks(SCRIPT, size, device, "stress10000", timeout_s=900)
+
+
+@pytest.mark.parametrize(
+    ("factor", "expected"),
+    [(1.0, 512), (1.01, 768), (2.0, 1024), (100.0, 4 * 128 * 2), (0.001, 256)],
+)
+def test_capacity(factor: float, expected: int) -> None:
+    """Whole blocks of 256 rows, and at most every token to all of this rank's experts."""
+    assert row_capacity(factor, max_tokens=128, top_k=4, n_local=2, world=4) == expected
