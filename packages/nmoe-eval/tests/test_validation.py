@@ -15,6 +15,7 @@ from nmoe.kernels.ops import select_ops
 from nmoe.model.schema import ModelConfig
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport
+from nmoe.rdep.world import World
 
 LENGTH, EOS = 8, 20
 TOKENS = np.random.default_rng(0).integers(0, EOS, 45)
@@ -88,6 +89,50 @@ def test_a_bound_scores_the_first_sequences_whatever_the_batch(model, size):
     assert result.loss == pytest.approx(plain_nll(model, rows=3) / (3 * LENGTH), rel=1e-12)
     share = 100 * 3 * LENGTH / len(TOKENS)
     assert result.bpb == pytest.approx(plain_nll(model, rows=3) / math.log(2) / share, rel=1e-12)
+
+
+class Rank(World):
+    """A rank that is here alone: it notes what it gives to a sum, and gets the sum of all, once that is known."""
+
+    def __init__(self, rank, size, others=None):
+        super().__init__(rank, size, torch.device("cpu"))
+        self.given, self.others = None, others
+
+    def sum_(self, tensor):
+        self.given = tensor.clone()
+        if self.others is not None:
+            tensor.copy_(self.others)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 3, 5])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_score_every_token_once_in_as_many_calls_and_agree(model, monkeypatch, size, batch, limit):
+    calls, data, score = [], in_batches(batch), Transformer.score
+
+    def counted(self, inputs, targets):
+        calls[-1] += 1
+        assert len(inputs) > 0
+        return score(self, inputs, targets)
+
+    monkeypatch.setattr(Transformer, "score", counted)
+    calls.append(0)
+    alone = validate(model, data, limit)
+    sequences = 6 if limit is None else limit
+    n_batches = -(-sequences // batch)
+    assert calls.pop() == n_batches
+    given = []
+    for rank in range(size):
+        world = Rank(rank, size, torch.ones(2, dtype=torch.float64))
+        calls.append(0)
+        validate(model, data, limit, world)
+        given.append(world.given)
+    assert calls == [-(-n_batches // size)] * size, "a rank that calls less often would keep the others waiting"
+    assert int(sum(given)[1]) == alone.n_tokens
+    found = [validate(model, data, limit, Rank(rank, size, sum(given))) for rank in range(size)]
+    assert all(result == found[0] for result in found)
+    assert found[0].loss == pytest.approx(alone.loss, rel=1e-12)
+    assert found[0].bpb == pytest.approx(alone.bpb, rel=1e-12)
 
 
 def test_nothing_to_score_is_an_error(model):

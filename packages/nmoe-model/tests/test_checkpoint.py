@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from nmoe.model import checkpoint, folder_json, tensor_file
+from nmoe.model import checkpoint, folder_json, folder_place, tensor_file
 from nmoe.model.checkpoint import check_space, clean_leftovers, is_complete, leftover_path, open_folder, write_folder
 from nmoe.model.errors import (
     CheckpointVersionError,
@@ -141,6 +141,25 @@ def test_equal_content_gives_equal_bytes_in_any_order(tmp_path):
     assert listing(tmp_path / "a") != listing(tmp_path / "c")
 
 
+def test_a_folder_of_one_process_has_the_bytes_that_it_always_had(tmp_path, monkeypatch):
+    """The digest was computed with nmoe-model as it was before tensors could be in pieces."""
+    monkeypatch.setattr(folder_place, "_tool", lambda: "nmoe-model of a test")
+    tensors = {
+        "m.a": torch.arange(15, dtype=torch.float32).view(3, 5),
+        "m.b": torch.arange(7).bfloat16(),
+        "m.t": torch.arange(6).view(2, 3).T,
+        "m.empty": torch.zeros(0, 3),
+        "m.scalar": torch.tensor(3, dtype=torch.int16),
+        "m.flag": torch.tensor([True, False]),
+    }
+    documents = {"state": {"step": 7, "x": 0.1, "t": "é"}, "config": {}}
+    write_folder(tmp_path / "f", tensors, documents, max_file_bytes=64)
+    digest = hashlib.sha256()
+    for name, content in sorted(listing(tmp_path / "f").items()):
+        digest.update(name.encode() + content)
+    assert digest.hexdigest() == "dc7f64f8101c033728601f70a50e88424837b5537fc934590a24189ca16870bd"
+
+
 def test_prefixes(folder):
     found = open_folder(folder)
     assert set(found.tensors("model.")) == {"a", "b", "c"}
@@ -240,10 +259,10 @@ def forge(folder: Path, **changes: object) -> None:
 
 def test_a_newer_version_is_refused(folder, monkeypatch):
     content = folder_json.unseal_manifest(folder, (folder / "manifest.json").read_bytes())
-    monkeypatch.setattr(folder_json, "VERSION", 2)
+    monkeypatch.setattr(folder_json, "WHOLE", 3)
     (folder / "manifest.json").write_bytes(folder_json.seal_manifest(content))
     monkeypatch.undo()
-    with pytest.raises(CheckpointVersionError, match=r"nmoe-tensor-folder 1.*nmoe-tensor-folder 2.*nmoe-model"):
+    with pytest.raises(CheckpointVersionError, match=r"nmoe-tensor-folder 2.*nmoe-tensor-folder 3.*nmoe-model"):
         open_folder(folder)
 
 

@@ -1,7 +1,6 @@
 """Layers that compute their forward again in the backward: the same bits, and only their inputs kept until then."""
 
 from collections.abc import Collection
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,14 +53,14 @@ def test_a_layer_that_counts_its_own_load_would_be_told_apart(tiny, build) -> No
     model = build(tiny("mla"))
     expected = results(model, ())
     layer = model.layers[2].ffn
-    right = layer.transport.routed_experts
+    right = layer.routed
 
     def counting(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         out_TD, load_E = right(*arguments)
         layer.router.load += load_E
         return out_TD, torch.zeros_like(load_E)
 
-    layer.transport = SimpleNamespace(routed_experts=counting)
+    layer.routed = counting
     assert different(results(model, ()), expected) == []
     assert different(results(model, {2}), expected) == ["load/layers.2"]
 
@@ -71,13 +70,13 @@ def test_the_chosen_layers_run_twice_and_no_others(tiny, build) -> None:
     runs: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, MixtureOfExperts):
-            right = module.transport.routed_experts
+            right = module.routed
 
             def counted(*arguments: object, right=right, name=name) -> object:
                 runs[name] = runs.get(name, 0) + 1
                 return right(*arguments)
 
-            module.transport = SimpleNamespace(routed_experts=counted)
+            module.routed = counted
     model.training_loss(samples(model.config), 28, recompute=[1, 4]).total.backward()
     assert runs == {
         "layers.1.ffn": 2,

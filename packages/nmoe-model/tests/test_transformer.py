@@ -14,6 +14,7 @@ from nmoe.model.feed_forward import MixtureOfExperts
 from nmoe.model.schema import ModelConfig
 from nmoe.model.transformer import Transformer, parameter_role
 from nmoe.rdep.transport import LocalTransport
+from nmoe.rdep.world import World
 
 NAMES = ["everything", "mla", "mla_swa_mtp", "sdpa", "sdpa_swa_mtp"]
 NANO = {
@@ -259,6 +260,36 @@ def test_a_layer_starts_the_same_whatever_is_around_it(tiny) -> None:
     large = build_plain(tiny(n_layers=5, mtp_depth=2)).state_dict()
     assert set(small) < set(large)
     assert all(torch.equal(small[name], large[name]) for name in small)
+
+
+class OneOfRanks(LocalTransport):
+    """Of several ranks one that is alone: its experts are built, and never called."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(World(rank, size, torch.device("cpu")))
+
+    def n_local(self, n_experts: int) -> int:
+        return n_experts // self.world.size
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_share_the_experts_of_one_start(tiny, size: int, dtype: torch.dtype) -> None:
+    """Every element of every expert is on one rank, at its place in the whole; all else is on all."""
+    config, ops = tiny(), select_ops("reference", "cpu")
+    whole = build_plain(config, dtype=dtype).state()
+    places = {name: torch.zeros(tensor.numel(), dtype=torch.int32) for name, tensor in whole.items()}
+    for rank in range(size):
+        model = Transformer.build(config, ops, OneOfRanks(rank, size), device="cpu", dtype=dtype, seed=0)
+        assert [piece.name for piece in model.pieces()] == list(whole)
+        for piece in model.pieces():
+            assert piece.shape == whole[piece.name].shape
+            assert torch.equal(whole[piece.name].flatten()[piece.start : piece.stop], piece.tensor.flatten()), (
+                piece.name
+            )
+            places[piece.name][piece.start : piece.stop] += 1
+    for name, count in places.items():
+        assert (count == (1 if ".experts." in name else size)).all(), name
 
 
 def test_matrices_are_normal_and_norms_are_one() -> None:

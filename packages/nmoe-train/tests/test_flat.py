@@ -4,10 +4,16 @@ import weakref
 
 import pytest
 import torch
-from nmoe.train.flat import ALIGNMENT, FlatParameters
+from nmoe.rdep.world import alone
+from nmoe.train.flat import FlatParameters
+from nmoe.train.layout import ALIGNMENT, side_by_side
 from torch import nn
 
 SHAPES = {"a": (3, 5), "b": (8, 8), "c": (7,), "d": (3, 5), "e": (2, 8, 8), "f": ()}
+
+
+def flatten(ours, key_of=lambda name: "all"):
+    return FlatParameters(ours, key_of, lambda key, shapes: side_by_side(shapes), alone("cpu"))
 
 
 def parameters(dtype=torch.bfloat16):
@@ -20,7 +26,7 @@ def test_values_stay_and_become_views_of_one_buffer(dtype):
     ours = parameters(dtype)
     before = {name: p.detach().clone() for name, p in ours.items()}
     objects = {name: id(p) for name, p in ours.items()}
-    (group,) = FlatParameters(ours, lambda name: "all").groups
+    (group,) = flatten(ours).groups
     for name, parameter in ours.items():
         assert id(parameter) == objects[name]
         assert torch.equal(parameter, before[name])
@@ -31,7 +37,7 @@ def test_values_stay_and_become_views_of_one_buffer(dtype):
 
 
 def test_each_parameter_has_its_own_place_and_zeros_lie_between():
-    (group,) = FlatParameters(parameters(), lambda name: "all").groups
+    (group,) = flatten(parameters()).groups
     owner = group.zeros(torch.int32)
     for number, name in enumerate(SHAPES, start=1):
         part = group.view(owner, name)
@@ -44,7 +50,7 @@ def test_each_parameter_has_its_own_place_and_zeros_lie_between():
 
 def test_groups_are_by_key_and_dtype():
     ours = parameters() | {"wide": nn.Parameter(torch.ones(4))}
-    flat = FlatParameters(ours, lambda name: name in "abc")
+    flat = flatten(ours, lambda name: name in "abc")
     found = {(group.key, group.dtype): set(group.shapes) for group in flat.groups}
     assert found == {
         (True, torch.bfloat16): {"a", "b", "c"},
@@ -53,19 +59,10 @@ def test_groups_are_by_key_and_dtype():
     }
 
 
-def test_views_are_by_name_in_the_parameters_order():
-    flat = FlatParameters(parameters(), lambda name: name in "ace")
-    views = flat.views([group.weight for group in flat.groups])
-    assert list(views) == list(SHAPES)
-    for name, parameter in flat.parameters.items():
-        assert views[name].data_ptr() == parameter.data_ptr()
-        assert views[name].shape == parameter.shape
-
-
 def test_equal_matrices_lie_side_by_side():
     """8 x 8 matrices fill whole pieces of 64 elements, so that nothing lies between."""
-    (group,) = FlatParameters(parameters(), lambda name: "all").groups
-    assert group.starts["e"] == group.starts["b"] + 64
+    (group,) = flatten(parameters()).groups
+    assert group.layout.starts["e"] == group.layout.starts["b"] + 64
 
 
 def test_the_parameters_own_memory_is_freed_as_it_goes():
@@ -73,6 +70,6 @@ def test_the_parameters_own_memory_is_freed_as_it_goes():
     ours = parameters()
     storages = [weakref.ref(p.data.untyped_storage()) for p in ours.values()]
     old = {p.data_ptr() for p in ours.values()}
-    FlatParameters(ours, lambda name: "all")
+    flatten(ours)
     assert not old & {p.data_ptr() for p in ours.values()}
     assert all(storage() is None for storage in storages)

@@ -1,15 +1,23 @@
 import pytest
 import torch
 from nmoe.kernels.ops import select_ops
+from nmoe.rdep.world import alone
 from nmoe.train.flat import FlatParameters
 from nmoe.train.gradients import Gradients, clip_factor
+from nmoe.train.layout import side_by_side
 from torch import nn
 
 
 def accumulate(parameters):
     """Gradients of these: weights in one group, biases in another."""
-    flat = FlatParameters(dict(parameters), lambda name: name.endswith("bias"))
+    lay_out = lambda key, shapes: side_by_side(shapes)  # noqa: E731
+    flat = FlatParameters(dict(parameters), lambda name: name.endswith("bias"), lay_out, alone("cpu"))
     return Gradients(flat, select_ops("reference", "cpu"))
+
+
+def by_name(gradients):
+    """One rank has all of every gradient in one part."""
+    return {name: part for name, (part,) in gradients.parts.items()}
 
 
 def model():
@@ -26,7 +34,7 @@ def test_micro_batches_sum_and_nothing_stays_in_grad():
         ours(x).sum().backward()
         plain(x).sum().backward()
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(gradients.by_name[name], parameter.grad)
+        torch.testing.assert_close(by_name(gradients)[name], parameter.grad)
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
@@ -36,7 +44,7 @@ def test_bf16_gradients_are_summed_in_fp32():
     gradients.zero()
     for _ in range(300):  # bf16 would stop counting at 256
         parameter.sum().backward()
-    assert gradients.by_name["p"].item() == 300.0
+    assert by_name(gradients)["p"].item() == 300.0
 
 
 def test_zero_starts_a_new_step():
@@ -58,13 +66,13 @@ def test_nothing_of_the_last_step_survives():
             ours[0](x).sum().backward()
             plain[0](x).sum().backward()
         for name, parameter in plain[0].named_parameters(prefix="0"):
-            assert torch.equal(gradients.by_name[name], parameter.grad), f"{name} in step {step}"
-        assert not gradients.by_name["1.weight"].any(), "no gradient reached it"
+            assert torch.equal(by_name(gradients)[name], parameter.grad), f"{name} in step {step}"
+        assert not by_name(gradients)["1.weight"].any(), "no gradient reached it"
         for parameter in ours.parameters():
             parameter.main_grad.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("read", ["by_name", "buffers", "norm", "not_finite"])
+@pytest.mark.parametrize("read", ["parts", "sums", "norm", "not_finite"])
 def test_every_reader_clears_what_no_gradient_has_reached(read):
     ours = model()
     gradients = accumulate(ours.named_parameters())
@@ -76,18 +84,18 @@ def test_every_reader_clears_what_no_gradient_has_reached(read):
         assert gradients.norm().item() == pytest.approx((5 * 4 + 5) ** 0.5)
     elif read == "not_finite":
         assert gradients.not_finite() == []
-    elif read == "buffers":
-        assert sum(buffer.sum() for buffer in gradients.buffers) == 5 * 4 + 5
+    elif read == "sums":
+        assert sum(buffer.sum() for buffer in gradients.sums) == 5 * 4 + 5
     else:
-        assert not gradients.by_name["1.weight"].any()
+        assert not by_name(gradients)["1.weight"].any()
     ours[1](torch.ones(1, 5)).sum().backward()
-    assert gradients.by_name["1.weight"].eq(1.0).all(), "a gradient after a reading is added to the zeros"
-    assert gradients.by_name["0.bias"].eq(1.0).all(), "reading again clears nothing"
+    assert by_name(gradients)["1.weight"].eq(1.0).all(), "a gradient after a reading is added to the zeros"
+    assert by_name(gradients)["0.bias"].eq(1.0).all(), "reading again clears nothing"
 
 
 def test_a_new_step_touches_no_memory():
     gradients = accumulate(model().named_parameters())
-    before = {name: grad.fill_(3.0) for name, grad in gradients.by_name.items()}
+    before = {name: grad.fill_(3.0) for name, grad in by_name(gradients).items()}
     gradients.zero()
     assert all(grad.eq(3.0).all() for grad in before.values())
 
@@ -102,7 +110,7 @@ def test_norm_and_clipping_equal_torchs():
     torch.testing.assert_close(norm, expected)
     factor = clip_factor(norm, 1.0)
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(gradients.by_name[name] * factor, parameter.grad)
+        torch.testing.assert_close(by_name(gradients)[name] * factor, parameter.grad)
 
 
 def test_small_gradients_and_no_limit_are_left_alone():
@@ -113,24 +121,25 @@ def test_small_gradients_and_no_limit_are_left_alone():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_names_the_parameters_that_are_not_finite(bad):
     gradients = accumulate(model().named_parameters())
-    gradients.by_name["1.weight"][2, 3] = bad
+    by_name(gradients)["1.weight"][2, 3] = bad
     assert gradients.not_finite() == ["1.weight"]
 
 
 def test_accumulators_are_aligned_views_of_the_groups_buffers():
     ours = model()
     gradients = accumulate(ours.named_parameters())
-    before = [buffer.data_ptr() for buffer in gradients.buffers]
+    before = [buffer.data_ptr() for buffer in gradients.sums]
     for name, parameter in ours.named_parameters():
-        assert parameter.main_grad is gradients.by_name[name]
+        assert parameter.main_grad.data_ptr() == by_name(gradients)[name].data_ptr()
+        assert parameter.main_grad.shape == by_name(gradients)[name].shape == parameter.shape
         assert parameter.main_grad.is_contiguous()
-        buffer = gradients.buffers["bias" in name]
+        buffer = gradients.sums["bias" in name]
         offset = parameter.main_grad.data_ptr() - buffer.data_ptr()
         assert offset % 128 == 0
         assert 0 <= offset <= buffer.nbytes - parameter.main_grad.nbytes
     ours(torch.ones(1, 4)).sum().backward()
-    assert sum(float(buffer.abs().sum()) for buffer in gradients.buffers) > 0
-    assert [buffer.data_ptr() for buffer in gradients.buffers] == before
+    assert sum(float(buffer.abs().sum()) for buffer in gradients.sums) > 0
+    assert [buffer.data_ptr() for buffer in gradients.sums] == before
 
 
 def test_what_lies_between_gradients_is_zero():
@@ -139,6 +148,6 @@ def test_what_lies_between_gradients_is_zero():
     for _ in range(2):
         gradients.zero()
         ours(torch.randn(3, 4)).square().sum().backward()
-    inside = sum(grad.count_nonzero() for grad in gradients.by_name.values())
-    assert sum(buffer.count_nonzero() for buffer in gradients.buffers) == inside
-    assert sum(buffer.numel() for buffer in gradients.buffers) > sum(p.numel() for p in ours.parameters())
+    inside = sum(grad.count_nonzero() for grad in by_name(gradients).values())
+    assert sum(buffer.count_nonzero() for buffer in gradients.sums) == inside
+    assert sum(buffer.numel() for buffer in gradients.sums) > sum(p.numel() for p in ours.parameters())

@@ -14,10 +14,11 @@ from nmoe.kernels.errors import UnsupportedArchError
 from nmoe.kernels.reference.master import join_master
 from nmoe.model.transformer import Transformer
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
-from nmoe.train.errors import IdentityMismatchError, NonFiniteError
-from nmoe.train.loop import STEPS_LATE, train
+from nmoe.train.errors import IdentityMismatchError, NonFiniteError, WorldSizeError
+from nmoe.train.loop import train
 from nmoe.train.metrics import read_metrics
 from nmoe.train.protocols import RunStart, StepReport
+from nmoe.train.recorder import STEPS_LATE
 from nmoe.train.run_folder import RunFolder
 from nmoe.train.schema import TrainingConfig
 
@@ -288,6 +289,24 @@ def test_reading_a_step_late_changes_nothing(tmp_path, monkeypatch, every):
     for recorder in recorders:
         for step in recorder.checkpoints:
             assert recorder.events.index(f"step {step}") < recorder.events.index(f"checkpoint {step}")
+
+
+def test_a_world_of_another_size_is_refused(tmp_path):
+    with pytest.raises(WorldSizeError, match=r"expected runtime\.world_size = 2 ranks, found 1"):
+        run_training(tmp_path, config=tiny_config(runtime={"world_size": 2}))
+
+
+def test_samples_are_asked_for_one_micro_batch_after_the_other(tmp_path):
+    """In the order of the global batch, each once."""
+    asked = []
+
+    class Noted(RandomTokens):
+        def batch(self, cursor, count):
+            asked.extend(range(cursor, cursor + count))
+            return super().batch(cursor, count)
+
+    run_training(tmp_path, batches=Noted(61, 24))
+    assert asked == list(range(6 * 4))
 
 
 def _infinite_gradient(weight):

@@ -5,9 +5,12 @@ import torch
 from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference import cross_entropy
 from nmoe.model.transformer import Transformer
+from nmoe.rdep.expert_parallel import row_capacity
+from nmoe.rdep.slabs import slab_bytes
 from nmoe.rdep.transport import LocalTransport
+from nmoe.rdep.world import World, alone
 from nmoe.train.gradients import Gradients
-from nmoe.train.memory import predict_memory
+from nmoe.train.memory import predict_memory, routed_rows
 from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.schema import TrainingConfig
 
@@ -46,9 +49,10 @@ def test_state_is_predicted_to_the_byte(precision, optimizer, mtp_depth):
     settings = config(precision, optimizer, mtp_depth=mtp_depth)
     model, ops = build(settings)
     parameters = dict(model.named_parameters())
-    flat = flatten(parameters, settings.optim)
-    state = Optimizer(flat, settings.optim, ops).state
-    gradients = Gradients(flat, ops).by_name
+    flat = flatten(parameters, settings.optim, alone("cpu"))
+    pieces = Optimizer(flat, settings.optim, ops).state
+    state = {piece.name: piece.tensor for of_parameter in pieces.values() for piece in of_parameter}
+    gradients = {name: part for name, (part,) in Gradients(flat, ops).parts.items()}
     need = predict_memory(settings)
     residuals = sum(tensor.nbytes for name, tensor in state.items() if name.endswith("/residual"))
     assert need.parameters == sum(p.nbytes for p in parameters.values()) + residuals
@@ -78,13 +82,62 @@ def test_activations_are_predicted_within_a_quarter(mtp_depth):
     assert predict_memory(settings).activations == pytest.approx(sum(held.values()), rel=0.25)
 
 
+def of_ranks(settings, ranks, **rdep):
+    runtime = settings.runtime.model_copy(update={"world_size": ranks})
+    return settings.model_copy(update={"runtime": runtime, "rdep": settings.rdep.model_copy(update=rdep)})
+
+
+class Rank(World):
+    """One of several that are not there: for what is allocated, not for what is computed."""
+
+    def __init__(self, size):
+        super().__init__(0, size, torch.device("cpu"))
+
+
+class RankTransport(LocalTransport):
+    def n_local(self, n_experts):
+        return n_experts // self.world.size
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_state_of_several_ranks_is_predicted_but_for_what_fills_pieces_up(precision, optimizer):
+    filled = 0.15 if optimizer == "muon" else 0.01  # three layers' and a projection, on four ranks
+    settings = of_ranks(config(precision, optimizer, mtp_depth=1, dim=256, inter_dim=512, vocab_size=5000), 4)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    ops, transport = select_ops("reference", "cpu"), RankTransport(Rank(4))
+    model = Transformer.build(settings.model, ops, transport, device="cpu", dtype=dtype, seed=0)
+    flat = flatten(dict(model.named_parameters()), settings.optim, transport.world)
+    optimizer_ = Optimizer(flat, settings.optim, ops)
+    gradients = Gradients(flat, ops)
+    held = {name: sum(p.tensor.nbytes for ps in optimizer_.state.values() for p in ps if p.name.endswith(name))
+            for name in ("residual", "exp_avg", "exp_avg_sq", "momentum")}  # fmt: skip
+    need = predict_memory(settings)
+    assert need.parameters == pytest.approx(
+        sum(g.weight.nbytes for g in flat.groups) + held.pop("residual"), rel=filled
+    )
+    assert need.optimizer == pytest.approx(sum(held.values()), rel=filled)
+    taken = {p.main_grad.untyped_storage().data_ptr(): p.main_grad.untyped_storage().nbytes()
+             for p in flat.parameters.values()}  # fmt: skip
+    taken |= {sums.data_ptr(): sums.nbytes for sums in gradients.sums}
+    assert need.gradients - (64 << 20) // 4 == pytest.approx(sum(taken.values()), rel=filled)
+
+
 def test_ranks_share_experts_and_optimizer_state():
-    alone = config()
-    four = alone.model_copy(update={"runtime": alone.runtime.model_copy(update={"world_size": 4})})
-    one, shared = predict_memory(alone), predict_memory(four)
-    assert shared.gradients == pytest.approx(one.gradients / 4)
+    one, shared = predict_memory(config()), predict_memory(of_ranks(config(), 4))
     assert shared.optimizer == pytest.approx(one.optimizer / 4)
     assert one.parameters / 4 < shared.parameters < one.parameters
+    assert one.slabs == predict_memory(of_ranks(config(n_dense_layers=3), 4)).slabs == 0
+
+
+@pytest.mark.parametrize(("ranks", "factor"), [(2, 1.0), (4, 1.5), (4, 4.0), (8, 2.0)])
+def test_rows_and_slabs_are_those_that_are_allocated(ranks, factor):
+    """The module imports no torch, and so knows them by heart."""
+    settings = of_ranks(config(mtp_depth=1, n_dense_layers=1), ranks, capacity_factor=factor)
+    tokens = 4 * 128
+    assert routed_rows(settings) == row_capacity(factor, tokens, 2, 8 // ranks, ranks)
+    slab = slab_bytes(ranks, tokens, 64, 2, torch.bfloat16) - 4 * ranks
+    assert predict_memory(settings).slabs == 3 * slab + slab + slab - ranks * tokens * 4 * 2
 
 
 @pytest.mark.parametrize("vocab", [500, 50_304, 201_088])

@@ -4,9 +4,11 @@ import pytest
 import torch
 from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference.master import join_master
-from nmoe.train import optim
+from nmoe.rdep.world import alone
+from nmoe.train import muon
 from nmoe.train.gradients import Gradients
-from nmoe.train.optim import MUON_RMS, Optimizer, flatten, group_settings, muon_batches
+from nmoe.train.muon import muon_batches
+from nmoe.train.optim import MUON_RMS, Optimizer, flatten, group_settings
 from nmoe.train.schema import OptimConfig
 from torch import nn
 
@@ -47,12 +49,12 @@ class Run:
     """An optimizer and the accumulators that it reads."""
 
     def __init__(self, ours, settings):
-        ops, flat = select_ops("reference", "cpu"), flatten(ours, settings)
+        ops, flat = select_ops("reference", "cpu"), flatten(ours, settings, alone("cpu"))
         self.accumulated, self.optimizer = Gradients(flat, ops), Optimizer(flat, settings, ops)
         self.groups = flat.groups
 
     def step(self, grads, step=1, lr_factor=1.0, grad_scale=ONE, ok=OK):
-        for name, grad in self.accumulated.by_name.items():
+        for name, (grad,) in self.accumulated.parts.items():
             grad.copy_(grads[name])
         self.optimizer.set_step(step=step, lr_factor=lr_factor)
         self.optimizer.step(self.accumulated, grad_scale=grad_scale, ok=ok)
@@ -61,6 +63,11 @@ class Run:
         """All that an update may change, flat."""
         held = [tensor for group in self.optimizer._groups for tensor in (group.residual, *group.moments.values())]
         return [group.weight for group in self.groups] + [tensor for tensor in held if tensor is not None]
+
+
+def state_of(optimizer):
+    """By name; one rank has every tensor in one piece."""
+    return {piece.name: piece.tensor for pieces in optimizer.state.values() for piece in pieces}
 
 
 def run(ours, settings):
@@ -152,7 +159,7 @@ def test_gate_and_up_are_orthogonalised_apart():
 
 def test_embedding_head_norms_and_router_stay_on_adamw():
     settings = config(dense_optimizer="muon", expert_optimizer="muon")
-    state = Run(parameters(), settings).optimizer.state
+    state = state_of(Run(parameters(), settings).optimizer)
     on_muon = {name.removesuffix("/momentum") for name in state if name.endswith("/momentum")}
     assert on_muon == {name for name in shapes() if "attn.w" in name or "experts" in name}
     assert {group_settings(settings, role).kind for role in ("embed", "norm", "router")} == {"adamw"}
@@ -163,7 +170,7 @@ def test_bf16_weights_move_exactly_as_fp32_masters_do(kind):
     settings = config(dense_optimizer=kind, expert_optimizer=kind)
     rounded = {name: nn.Parameter(p.detach().to(torch.bfloat16)) for name, p in parameters().items()}
     wide = {name: nn.Parameter(p.detach().float()) for name, p in rounded.items()}
-    state = run(rounded, settings).state
+    state = state_of(run(rounded, settings))
     run(wide, settings)
     for name, parameter in rounded.items():
         master = join_master(parameter.data, state[f"{name}/residual"])
@@ -221,12 +228,12 @@ def test_flat_updates_equal_updates_one_by_one(kind, dtype):
         run_of_one = Run({name: parameter}, settings)
         for step in (1, 2):
             run_of_one.step({name: gradients(step)[name]}, step)
-        alone |= {name: parameter} | run_of_one.optimizer.state
+        alone |= {name: parameter} | state_of(run_of_one.optimizer)
     together = parameters(dtype)
     whole = Run(together, settings)
     for step in (1, 2):
         whole.step(gradients(step), step)
-    found = together | whole.optimizer.state
+    found = together | state_of(whole.optimizer)
     assert found.keys() == alone.keys()
     for name, expected in alone.items():
         if kind == "adamw" or name.endswith("/momentum"):
@@ -242,18 +249,18 @@ def test_padding_stays_zero(kind):
     for step in (1, 2, 3):
         whole.step(gradients(step), step)
     inside = sum(p.count_nonzero() for p in ours.values()) + sum(
-        tensor.count_nonzero() for tensor in whole.optimizer.state.values()
+        tensor.count_nonzero() for tensor in state_of(whole.optimizer).values()
     )
     assert sum(buffer.count_nonzero() for buffer in whole.buffers()) == inside
     assert sum(buffer.numel() for buffer in whole.buffers()) > sum(
-        tensor.numel() for tensor in (*ours.values(), *whole.optimizer.state.values())
+        tensor.numel() for tensor in (*ours.values(), *state_of(whole.optimizer).values())
     )
 
 
 def test_state_has_the_names_shapes_and_dtypes_of_checkpoints():
     ours = parameters(torch.bfloat16)
     ours["layers.0.ffn.router.weight"] = nn.Parameter(torch.randn(4, 8))
-    state = Run(ours, config(expert_optimizer="muon")).optimizer.state
+    state = state_of(Run(ours, config(expert_optimizer="muon")).optimizer)
     expected = {}
     for name, shape in shapes().items():
         if "router" not in name:
@@ -270,10 +277,10 @@ def test_state_and_weights_are_what_the_update_reads():
     settings = config(expert_optimizer="muon")
     first, second = Run(parameters(torch.bfloat16), settings), Run(parameters(torch.bfloat16), settings)
     first.step(gradients(1), 1)
-    for name, parameter in second.optimizer.parameters.items():
-        parameter.data.copy_(first.optimizer.parameters[name])
-    for name, tensor in second.optimizer.state.items():
-        tensor.copy_(first.optimizer.state[name])
+    for name, parameter in second.optimizer.flat.parameters.items():
+        parameter.data.copy_(first.optimizer.flat.parameters[name])
+    for name, tensor in state_of(second.optimizer).items():
+        tensor.copy_(state_of(first.optimizer)[name])
     for whole in (first, second):
         whole.step(gradients(2), 2)
     assert same(bits(first.buffers()), bits(second.buffers()))
@@ -294,10 +301,10 @@ def test_muon_takes_equal_matrices_together_in_even_batches(monkeypatch):
     shape_of |= {"layers.0.ffn.experts.w2": (5, 16, 8), "layers.1.attn.wq.weight": (3, 5)}
     ours = {name: nn.Parameter(torch.randn(shape)) for name, shape in shape_of.items()}
     settings = config(dense_optimizer="muon", expert_optimizer="muon", lr_expert=3e-3, beta2_expert=0.95)
-    (group,) = flatten(ours, settings).groups
+    (group,) = flatten(ours, settings, alone("cpu")).groups
     assert sorted(batch.shape for batch in muon_batches(group)) == [(1, 3, 5), (5, 16, 8), (20, 8, 16)]
 
-    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 7 * 8 * 16)
+    monkeypatch.setattr(muon, "MUON_BATCH_ELEMENTS", 7 * 8 * 16)
     batches = muon_batches(group)
     assert sorted(batch.shape for batch in batches) == [(1, 3, 5), (5, 16, 8), (6, 8, 16), (7, 8, 16), (7, 8, 16)]
     covered = group.zeros(torch.int32)
@@ -306,15 +313,15 @@ def test_muon_takes_equal_matrices_together_in_even_batches(monkeypatch):
     assert all(group.view(covered, name).eq(1).all() for name in ours)
     assert covered.sum() == sum(p.numel() for p in ours.values())
 
-    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(muon, "MUON_BATCH_ELEMENTS", 1)
     assert {batch.shape[0] for batch in muon_batches(group)} == {1}, "one matrix is always taken"
 
 
 @pytest.mark.parametrize(("size", "each"), [((3, 5), 8), ((3, 6), 4), ((6, 6), 2), ((2, 4), 1)])
 def test_batches_start_where_kernels_can_read(size, each, monkeypatch):
-    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(muon, "MUON_BATCH_ELEMENTS", 1)
     ours = {"layers.0.ffn.experts.w2": nn.Parameter(torch.randn(19, *size))}
-    (group,) = flatten(ours, config(expert_optimizer="muon")).groups
+    (group,) = flatten(ours, config(expert_optimizer="muon"), alone("cpu")).groups
     batches = muon_batches(group)
     assert [batch.shape[0] for batch in batches] == [each] * (19 // each) + [19 % each] * (19 % each > 0)
     assert all(batch.start % 8 == 0 for batch in batches)
@@ -325,7 +332,7 @@ def test_bounded_batches_change_no_update(monkeypatch):
     settings = config(dense_optimizer="muon", expert_optimizer="muon")
     whole, bounded = parameters(), parameters()
     run(whole, settings)
-    monkeypatch.setattr(optim, "MUON_BATCH_ELEMENTS", 100)
+    monkeypatch.setattr(muon, "MUON_BATCH_ELEMENTS", 100)
     run(bounded, settings)
     for name in whole:
         torch.testing.assert_close(bounded[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
@@ -340,7 +347,7 @@ def test_a_captured_update_is_driven_from_device_memory(kind):
     runs = []
     for graph in (False, True):
         ours = {name: nn.Parameter(p.data.cuda()) for name, p in parameters(torch.bfloat16).items()}
-        flat, ops = flatten(ours, settings), select_ops("native", "cuda")
+        flat, ops = flatten(ours, settings, alone("cpu")), select_ops("native", "cuda")
         accumulated, optimizer = Gradients(flat, ops), Optimizer(flat, settings, ops)
         ok = torch.ones((), dtype=torch.int32, device="cuda")
         scale = torch.ones((), device="cuda")
@@ -358,10 +365,10 @@ def test_a_captured_update_is_driven_from_device_memory(kind):
                 update()
             replay = captured.replay
         for step in range(1, STEPS + 1):
-            for name, grad in accumulated.by_name.items():
+            for name, (grad,) in accumulated.parts.items():
                 grad.copy_(gradients(step)[name])
             ok.fill_(step != 3)
             optimizer.set_step(step=step, lr_factor=1 / step)
             replay()
-        runs.append([group.weight for group in flat.groups] + list(optimizer.state.values()))
+        runs.append([group.weight for group in flat.groups] + list(state_of(optimizer).values()))
     assert same(bits(runs[0]), bits(runs[1]))

@@ -8,6 +8,7 @@ from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.ops import select_ops
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport
+from nmoe.rdep.world import alone
 from nmoe.train.gradients import Gradients
 from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.schema import TrainingConfig
@@ -50,10 +51,11 @@ def _own_stream():
 def step(request):
     config = TrainingConfig.model_validate(CONFIG)
     ops = select_ops("native", "cuda")
-    model = Transformer.build(config.model, ops, LocalTransport(), device="cuda", dtype=torch.bfloat16, seed=0)
-    flat = flatten(dict(model.named_parameters()), config.optim)
-    gradients = Gradients(flat, ops)
-    return TrainStep(model.train(), gradients, Optimizer(flat, config.optim, ops), config, graph=request.param)
+    transport = LocalTransport(alone("cuda"))
+    model = Transformer.build(config.model, ops, transport, device="cuda", dtype=torch.bfloat16, seed=0)
+    flat = flatten(dict(model.named_parameters()), config.optim, transport.world)
+    gradients, optimizer = Gradients(flat, ops), Optimizer(flat, config.optim, ops)
+    return TrainStep(model.train(), gradients, optimizer, config, transport, graph=request.param)
 
 
 def launch(step: TrainStep, number: int):
@@ -62,8 +64,8 @@ def launch(step: TrainStep, number: int):
 
 
 def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
-    tensors = {**step.model.state(), **step.optimizer.state}
-    return {name: tensor.clone().view(torch.uint8) for name, tensor in tensors.items()}
+    pieces = [*step.model.pieces(), *(piece for pieces in step.optimizer.state.values() for piece in pieces)]
+    return {piece.name: piece.tensor.clone().view(torch.uint8) for piece in pieces}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -75,14 +77,14 @@ def test_nothing_changes_from_a_bad_step_on(step):
     factor = torch.ones((), device="cuda", dtype=torch.bfloat16)
     step.model.embed.weight.register_hook(lambda grad: grad * factor)
     for number in (1, 2, 3):
-        assert all(map(torch.isfinite, map(torch.tensor, launch(step, number).wait(step.model).losses[0])))
+        assert all(map(torch.isfinite, map(torch.tensor, launch(step, number).wait().losses[0])))
     before = state_of(step)
     factor.fill_(float("inf"))
     bad = launch(step, 4)
     factor.fill_(1.0)
     after = [launch(step, number) for number in (5, 6)]
-    assert not torch.isfinite(torch.tensor(bad.wait(step.model).grad_norm))
-    assert all(torch.isfinite(torch.tensor(good.wait(step.model).grad_norm)) for good in after)
+    assert not torch.isfinite(torch.tensor(bad.wait().grad_norm))
+    assert all(torch.isfinite(torch.tensor(good.wait().grad_norm)) for good in after)
     assert same(state_of(step), before), "weights, residuals, moments, momentum and biases"
     factor.fill_(float("inf"))
     assert step.not_finite(bad) == ["embed.weight"]
@@ -97,6 +99,6 @@ def test_good_steps_change_everything_but_unused_parts(step):
 
 
 def test_accumulators_hold_the_last_step(step):
-    norms = [launch(step, number).wait(step.model).grad_norm for number in (1, 2, 3)]
+    norms = [launch(step, number).wait().grad_norm for number in (1, 2, 3)]
     assert float(step.gradients.norm()) == pytest.approx(norms[-1], rel=1e-6)
     assert not step.gradients.not_finite()

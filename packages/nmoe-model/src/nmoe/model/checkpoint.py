@@ -9,35 +9,34 @@ whatever moment the writer is killed at. Reading trusts nothing before its check
 is refused if any byte of it differs. No pickle; reading runs no code of the folder's.
 
 One version of nmoe-model writes equal bytes for equal tensors and documents: nothing tells when or where.
+
+Several processes write one folder together with `nmoe.model.folder_parts`: then a tensor may be stored in pieces, which
+reading joins, so that nobody needs to know how many wrote.
 """
 
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from nmoe.model.errors import (
-    CorruptCheckpointError,
-    DiskSpaceError,
-    FolderExistsError,
-    IncompleteCheckpointError,
-    MissingEntryError,
+from nmoe.model.errors import CorruptCheckpointError, FolderExistsError, IncompleteCheckpointError, MissingEntryError
+from nmoe.model.folder_json import MANIFEST, encode_documents, unseal_manifest
+from nmoe.model.folder_place import (
+    check_free,
+    clean_leftovers,
+    end_folder,
+    leftover_path,
+    space_needed,
+    telling_full_disk,
 )
-from nmoe.model.folder_json import MANIFEST, encode_document, seal_manifest, unseal_manifest
-from nmoe.model.tensor_file import DTYPES, TensorFile, plan_files, run_parallel, write_bytes, write_tensors
-from safetensors import SafetensorError, safe_open
-
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)")
-_HEADROOM = 1 << 20
-"""Bytes that the manifest and the file system's own bookkeeping may take."""
+from nmoe.model.stored_tensors import StoredTensors, check_entry
+from nmoe.model.tensor_file import DTYPES, plan_files, run_parallel, write_files
 
 
 def write_folder(
@@ -66,24 +65,28 @@ def write_folder(
         DiskSpaceError: the disk has no room, seen before or while writing; what was written is removed.
     """
     files = plan_files(tensors, max_file_bytes)
-    texts = {f"{name}.json": encode_document(name, value) for name, value in documents.items()}
-    need = _need(files, texts)
+    texts = encode_documents(documents)
+    need = space_needed(files, texts)
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_leftovers(path.parent, path.name)
     if os.path.lexists(path) and not (replace and path.is_dir()):
         raise FolderExistsError(path)
-    _check_free(path, need)
+    check_free(path, need)
 
     temporary = leftover_path(path, "tmp")
     temporary.mkdir()
-    try:
-        _write_files(temporary, tensors, files, texts)
-        _publish(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskSpaceError(path, need, shutil.disk_usage(path.parent).free) from error
-        raise
+    with telling_full_disk(path, need):
+        try:
+            entries = write_files(temporary, files, tensors, texts)
+            places = {
+                name: {"file": file.name, "dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape)}
+                for file in files
+                for name in file.members
+            }
+            end_folder(temporary, path, entries, places)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def check_space(path: Path, tensors: Mapping[str, torch.Tensor], documents: Mapping[str, Any]) -> None:
@@ -95,37 +98,7 @@ def check_space(path: Path, tensors: Mapping[str, torch.Tensor], documents: Mapp
         InvalidEntryError: a tensor or document that the format cannot hold.
         DiskSpaceError: the disk has no room for the folder.
     """
-    texts = {f"{name}.json": encode_document(name, value) for name, value in documents.items()}
-    _check_free(path, _need(plan_files(tensors), texts))
-
-
-def leftover_path(path: Path, kind: str) -> Path:
-    """The hidden name beside `path` that marks this process's garbage: `tmp`, or `old` for what is being replaced."""
-    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
-
-
-def clean_leftovers(folder: Path, name: str | None = None, *, writers_are_dead: bool = False) -> None:
-    """Removes what killed writers left in `folder` under temporary names.
-
-    A folder that was moved aside by a writer killed just before it put the new one in place is moved back.
-
-    Args:
-        folder: The parent of tensor folders; it may be missing.
-        name: The tensor folder whose leftovers to remove; absent: all.
-        writers_are_dead: The caller knows that nobody else writes here. Else a leftover is spared while a process of
-            its writer's number lives, which may be another one by now.
-    """
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _LEFTOVER.fullmatch(entry.name)
-        if match is None or not entry.is_dir() or name not in (None, match["name"]):
-            continue
-        if not writers_are_dead and _is_alive(int(match["pid"])):
-            continue
-        place = folder / match["name"]
-        if match["kind"] == "old" and not os.path.lexists(place):
-            entry.rename(place)
-        else:
-            shutil.rmtree(entry)
+    check_free(path, space_needed(plan_files(tensors), encode_documents(documents)))
 
 
 def is_complete(path: Path) -> bool:
@@ -150,6 +123,8 @@ def open_folder(path: Path, *, verify: bool = True) -> "TensorFolder":
     except (FileNotFoundError, NotADirectoryError):
         raise IncompleteCheckpointError(path) from None
     manifest = unseal_manifest(path, raw)
+    for name, entry in sorted(manifest["tensors"].items()):
+        check_entry(path, MANIFEST, name, entry)
     checks = [partial(_check_file, path, name, entry, verify) for name, entry in sorted(manifest["files"].items())]
     run_parallel(checks)
     return TensorFolder(path, manifest)
@@ -183,20 +158,33 @@ class TensorFolder:
         """The tensor `name`, on the CPU, with the dtype and shape it was written with.
 
         Its memory is a private mapping of the file: pages are read when touched, and writing to the tensor leaves the
-        file alone.
+        file alone. A tensor in pieces is copied together.
 
         Raises:
             MissingEntryError: the folder has no tensor of that name.
             CorruptCheckpointError: its file no longer holds it as the manifest says.
         """
-        if name not in self._tensors:
-            raise MissingEntryError(self.path, "tensor", name, self._tensors)
-        return self._read([name])[name]
+        return self._read([self._known(name)])[name]
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
         """The tensors whose names begin with `prefix`, by their names without it. See `tensor`."""
         found = self._read([name for name in self.names if name.startswith(prefix)])
         return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+    def read_range(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The elements `start` to `stop - 1` of the flattened tensor `name`, 1-D, on the CPU, of the stored dtype.
+
+        Reads no others. See `tensor` for the memory: that of a range within one piece is a mapping.
+
+        Raises:
+            MissingEntryError, CorruptCheckpointError: as `tensor`.
+            ValueError: the tensor has no such range.
+        """
+        total = prod(self._tensors[self._known(name)]["shape"])
+        if not 0 <= start <= stop <= total:
+            raise ValueError(f"tensor {name!r}: expected a range of its {total} elements, found {start} to {stop}")
+        with StoredTensors(self.path) as stored:
+            return stored.read_range(name, self._tensors[name], start, stop)
 
     def document(self, name: str) -> Any:
         """The JSON document `name`.
@@ -213,92 +201,18 @@ class TensorFolder:
         except (OSError, ValueError) as error:
             raise CorruptCheckpointError(self.path, file, f"expected a JSON document, found: {error}") from error
 
+    def _known(self, name: str) -> str:
+        if name not in self._tensors:
+            raise MissingEntryError(self.path, "tensor", name, self._tensors)
+        return name
+
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._tensors[name]["file"], []).append(name)
-        found = {}
-        for file, members in by_file.items():
-            try:
-                with safe_open(self.path / file, framework="pt") as source:
-                    for name in members:
-                        found[name] = source.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise CorruptCheckpointError(self.path, file, f"expected a safetensors file, found: {error}") from error
-        for name, tensor in found.items():
-            entry = self._tensors[name]
-            expected, seen = (entry["dtype"], entry["shape"]), (DTYPES.get(tensor.dtype), list(tensor.shape))
-            if seen != expected:
-                problem = f"expected tensor {name!r} as {expected}, found {seen}"
-                raise CorruptCheckpointError(self.path, entry["file"], problem)
-        return {name: found[name] for name in names}
-
-
-def _write_files(
-    folder: Path, tensors: Mapping[str, torch.Tensor], files: list[TensorFile], texts: Mapping[str, bytes]
-) -> None:
-    tasks: dict[str, Callable[[], str]] = {
-        file.name: partial(write_tensors, folder / file.name, file, tensors) for file in files
-    }
-    tasks |= {name: partial(write_bytes, folder / name, text) for name, text in texts.items()}
-    digests = dict(zip(tasks, run_parallel(list(tasks.values())), strict=True))
-    sizes = {file.name: file.size for file in files} | {name: len(text) for name, text in texts.items()}
-    manifest = {
-        "tool": _tool(),
-        "files": {name: {"bytes": sizes[name], "sha256": digest} for name, digest in digests.items()},
-        "tensors": {
-            name: {"file": file.name, "dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape)}
-            for file in files
-            for name in file.members
-        },
-    }
-    write_bytes(folder / MANIFEST, seal_manifest(manifest))
-    _sync_folder(folder)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    aside = leftover_path(path, "old")
-    # A folder cannot be renamed over another. Between the two renames a kill leaves none: `clean_leftovers` then undoes
-    # the first.
-    if os.path.lexists(path):
-        path.rename(aside)
-    temporary.rename(path)
-    _sync_folder(path.parent)
-    if os.path.lexists(aside):
-        shutil.rmtree(aside)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _need(files: list[TensorFile], texts: Mapping[str, bytes]) -> int:
-    entries = sum(len(file.members) for file in files) * 512
-    return sum(file.size for file in files) + sum(map(len, texts.values())) + entries + _HEADROOM
-
-
-def _check_free(path: Path, need: int) -> None:
-    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < need:
-        raise DiskSpaceError(path, need, free)
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        # Left by a dead process that had our number, as in a restarted container: we have not begun to write.
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        with StoredTensors(self.path) as stored:
+            return {
+                name: stored.read_range(name, entry, 0, prod(entry["shape"])).view(entry["shape"])
+                for name in names
+                for entry in [self._tensors[name]]
+            }
 
 
 def _check_file(folder: Path, name: str, entry: Mapping[str, Any], verify: bool) -> None:
@@ -315,11 +229,3 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], verify: bool)
                 )
     except (FileNotFoundError, IsADirectoryError):
         raise CorruptCheckpointError(folder, name, "expected a file, found none") from None
-
-
-def _tool() -> str:
-    """What writes, with its version; a source tree on the path has none."""
-    try:
-        return f"nmoe-model {version('nmoe-model')}"
-    except PackageNotFoundError:
-        return "nmoe-model from source"

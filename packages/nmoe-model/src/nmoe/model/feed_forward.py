@@ -1,6 +1,7 @@
 """Feed-forward parts of a block: the dense SwiGLU MLP and the mixture of experts.
 
-Shapes: B batch, S sequence, T = B·S tokens, D model width, F hidden width, E experts, K experts per token.
+Shapes: B batch, S sequence, T = B·S tokens, D model width, F hidden width, E experts in all, e experts on this rank,
+K experts per token.
 """
 
 from typing import NamedTuple
@@ -29,12 +30,19 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """Weights of the routed experts that this rank owns."""
+    """Weights of the routed experts that this rank owns: rank r has experts `r·e` to `r·e + e - 1`.
 
-    def __init__(self, n_experts: int, width: int, hidden: int) -> None:
+    Attributes:
+        n_experts: E.
+        first: the global id of the first expert here.
+    """
+
+    def __init__(self, n_experts: int, width: int, hidden: int, transport: Transport) -> None:
         super().__init__()
-        self.w13 = nn.Parameter(torch.empty(n_experts, 2, hidden, width))
-        self.w2 = nn.Parameter(torch.empty(n_experts, width, hidden))
+        here = transport.n_local(n_experts)
+        self.n_experts, self.first = n_experts, transport.world.rank * here
+        self.w13 = nn.Parameter(torch.empty(here, 2, hidden, width))
+        self.w2 = nn.Parameter(torch.empty(here, width, hidden))
 
 
 class Router(nn.Module):
@@ -42,7 +50,8 @@ class Router(nn.Module):
 
     bias: torch.Tensor
     load: torch.Tensor
-    """Rows that each expert got in the training losses since the last `update_bias`."""
+    """Rows of this rank's tokens that each expert got in the training losses since the last `update_bias`; whoever sums
+    them over ranks does so before it."""
 
     def __init__(self, config: ModelConfig, n_experts: int) -> None:
         super().__init__()
@@ -75,8 +84,8 @@ class MoeOutput(NamedTuple):
     balance: torch.Tensor | None = None
     """Sum over sequences of the weighted balance losses; None where the config asks for none, and in evaluation."""
     load_E: torch.Tensor | None = None
-    """Rows routed to each expert, int32. Whoever runs the layer counts them: a layer that is computed a second time for
-    its backward must not count them twice."""
+    """Rows of this rank's tokens routed to each of all experts, int32. Whoever runs the layer counts them: a layer that
+    is computed a second time for its backward must not count them twice."""
 
 
 class MixtureOfExperts(nn.Module):
@@ -87,9 +96,11 @@ class MixtureOfExperts(nn.Module):
         n_experts, hidden = config.n_routed_experts, config.moe_inter_dim
         assert n_experts, "the schema requires the experts' number"
         assert hidden, "the schema requires the experts' width"
-        self.config, self.ops, self.transport = config, ops, transport
+        assert config.n_activated_experts, "the schema requires K of a model with experts"
+        self.config, self.ops = config, ops
         self.router = Router(config, n_experts)
-        self.experts = Experts(n_experts, config.dim, hidden)
+        self.experts = Experts(n_experts, config.dim, hidden, transport)
+        self.routed = transport.layer(config.dim, config.n_activated_experts, n_experts)
         self.has_shared = config.n_shared_experts > 0
         if self.has_shared:
             self.shared = Mlp(config.dim, hidden * config.n_shared_experts, ops)
@@ -98,7 +109,6 @@ class MixtureOfExperts(nn.Module):
         """(B, S, D) to (B, S, D)."""
         x_TD = x_BSD.flatten(0, 1)
         logits_TE, x_TD = self.router(x_TD)
-        assert self.config.n_activated_experts, "the schema requires K of a model with experts"
         routing = self.ops.route(
             logits_TE,
             self.router.bias,
@@ -107,9 +117,16 @@ class MixtureOfExperts(nn.Module):
             n_limited_groups=self.config.n_limited_groups,
             route_scale=self.config.route_scale,
         )
-        out_TD, load_E = self.transport.routed_experts(self.ops, x_TD, routing, self.experts.w13, self.experts.w2)
-        if self.has_shared:
-            out_TD = out_TD + self.shared(x_TD)
+        out_TD, load_E, shared_TD = self.routed(
+            self.ops,
+            x_TD,
+            routing,
+            self.experts.w13,
+            self.experts.w2,
+            beside=lambda: self.shared(x_TD) if self.has_shared else None,
+        )
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
         balance = self._balance_loss(logits_TE, routing.expert_TK, x_BSD.shape[0]) if self.training else None
         return MoeOutput(out_TD.view_as(x_BSD), balance, load_E)
 

@@ -11,7 +11,8 @@ from nmoe.model.errors import CheckpointVersionError, CorruptCheckpointError, In
 
 MANIFEST = "manifest.json"
 FORMAT = "nmoe-tensor-folder"
-VERSION = 1
+WHOLE, PIECES = 1, 2
+"""Versions: every tensor in one file, as a whole; and some in pieces. A reader of version 1 knows no pieces."""
 
 _DOCUMENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -31,10 +32,15 @@ def encode_document(name: str, value: Any) -> bytes:
     return json.dumps(value, indent=1, ensure_ascii=False).encode()
 
 
+def encode_documents(documents: Mapping[str, Any]) -> dict[str, bytes]:
+    """The documents' files by name. See `encode_document`."""
+    return {f"{name}.json": encode_document(name, value) for name, value in documents.items()}
+
+
 def seal_manifest(content: Mapping[str, Any]) -> bytes:
     """The manifest's file: `format` and `version` are added, and the SHA-256 of all the rest."""
-    content = {**content, "format": FORMAT, "version": VERSION}
-    return _dump(_with_digest(content))
+    in_pieces = any("pieces" in entry for entry in content["tensors"].values())
+    return _dump(_with_digest({**content, "format": FORMAT, "version": PIECES if in_pieces else WHOLE}))
 
 
 def unseal_manifest(path: Path, raw: bytes) -> dict[str, Any]:
@@ -58,9 +64,9 @@ def unseal_manifest(path: Path, raw: bytes) -> dict[str, Any]:
     if not intact:
         raise CorruptCheckpointError(path, MANIFEST, "expected a manifest as it was written, found an altered one")
     written_as = content.pop("format", None), content.pop("version", None)
-    if written_as != (FORMAT, VERSION):
+    if written_as not in ((FORMAT, WHOLE), (FORMAT, PIECES)):
         found = " ".join(map(str, written_as))
-        raise CheckpointVersionError(path, found, f"{FORMAT} {VERSION}", str(content.get("tool")))
+        raise CheckpointVersionError(path, found, f"{FORMAT} {PIECES}", str(content.get("tool")))
     return content
 
 

@@ -11,8 +11,9 @@ import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from nmoe.model.errors import InvalidEntryError
@@ -59,6 +60,15 @@ class TensorFile:
     """Its size in bytes."""
 
 
+def check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raises InvalidEntryError for a tensor whose dtype or layout is none that safetensors can hold."""
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        raise InvalidEntryError(
+            f"tensor {name!r}: expected a dense tensor of a dtype among {', '.join(DTYPES.values())}, "
+            f"found {tensor.layout}, {tensor.dtype}: convert it first"
+        )
+
+
 def plan_files(tensors: Mapping[str, torch.Tensor], max_file_bytes: int = 2 << 30) -> list[TensorFile]:
     """Distributes tensors over files `tensors-00001.safetensors`, … of at most `max_file_bytes` of data each.
 
@@ -70,11 +80,7 @@ def plan_files(tensors: Mapping[str, torch.Tensor], max_file_bytes: int = 2 << 3
     for name, tensor in tensors.items():
         if name == "__metadata__":
             raise InvalidEntryError("tensor '__metadata__': safetensors keeps this name for itself: rename the tensor")
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
-            raise InvalidEntryError(
-                f"tensor {name!r}: expected a dense tensor of a dtype among {', '.join(DTYPES.values())}, "
-                f"found {tensor.layout}, {tensor.dtype}: convert it first"
-            )
+        check_dense(name, tensor)
     # Wide elements first: every tensor is then aligned to its element size, since safetensors allows no gaps.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     groups: list[list[str]] = []
@@ -87,6 +93,24 @@ def plan_files(tensors: Mapping[str, torch.Tensor], max_file_bytes: int = 2 << 3
         groups[-1].append(name)
         room -= size
     return [_plan_file(f"tensors-{index:05}.safetensors", group, tensors) for index, group in enumerate(groups, 1)]
+
+
+def write_files(
+    folder: Path, plans: Sequence[TensorFile], tensors: Mapping[str, torch.Tensor], texts: Mapping[str, bytes]
+) -> dict[str, dict[str, Any]]:
+    """Writes planned files and texts to `folder`, several at a time, each synced; returns their entries in a manifest.
+
+    Raises:
+        InvalidEntryError: a tensor is not on the CPU.
+        OSError: the disk is full or fails.
+    """
+    tasks: dict[str, Callable[[], str]] = {
+        plan.name: partial(write_tensors, folder / plan.name, plan, tensors) for plan in plans
+    }
+    tasks |= {name: partial(write_bytes, folder / name, text) for name, text in texts.items()}
+    sizes = {plan.name: plan.size for plan in plans} | {name: len(text) for name, text in texts.items()}
+    digests = run_parallel(list(tasks.values()))
+    return {name: {"bytes": sizes[name], "sha256": digest} for name, digest in zip(tasks, digests, strict=True)}
 
 
 def write_tensors(path: Path, plan: TensorFile, tensors: Mapping[str, torch.Tensor]) -> str:

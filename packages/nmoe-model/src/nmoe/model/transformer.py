@@ -11,10 +11,11 @@ import torch
 from nmoe.kernels.ops import Ops
 from nmoe.model.block import Block
 from nmoe.model.cache import Cache
-from nmoe.model.feed_forward import Router
+from nmoe.model.feed_forward import Experts, Router
 from nmoe.model.layers import Embedding, Linear, RMSNorm, RotaryEmbedding
 from nmoe.model.mtp import MtpModule
 from nmoe.model.schema import ModelConfig
+from nmoe.model.tensor_pieces import TensorPiece
 from nmoe.rdep.transport import Transport
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -84,14 +85,21 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Matrices from N(0, init_std²), norms one. Each parameter has its own stream, by name: adding a layer changes
-        no other layer's start."""
+        no other layer's start. Of experts, all are drawn and this rank's kept: the start does not depend on the ranks.
+        """
+        experts = self._experts()
         for name, parameter in self.named_parameters():
             if parameter_role(name) == "norm":
                 parameter.fill_(1.0)
                 continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "little"))
-            parameter.normal_(0.0, self.config.init_std, generator=generator)
+            std, of = self.config.init_std, experts.get(name)
+            if of is None or of.n_experts == len(parameter):
+                parameter.normal_(0.0, std, generator=generator)
+                continue
+            whole = parameter.new_empty(of.n_experts, *parameter.shape[1:]).normal_(0.0, std, generator=generator)
+            parameter.copy_(whole[of.first : of.first + len(parameter)])
 
     def hidden(self, token_BS: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """States after the final norm, (B, S, D); with a cache, the tokens continue what it holds."""
@@ -169,8 +177,25 @@ class Transformer(nn.Module):
                 yield name.removesuffix(".ffn.router"), module
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that makes the model, by name: parameters and the routers' selection biases."""
+        """Every tensor that makes the model, by name: parameters and the routers' selection biases. Of experts, those
+        of this rank."""
         return dict(self.state_dict())
+
+    def pieces(self) -> list[TensorPiece]:
+        """`state` as pieces of the whole model's tensors, in which experts stand by their global ids."""
+        experts = self._experts()
+        pieces = []
+        for name, tensor in self.state().items():
+            shape, start = tuple(tensor.shape), 0
+            if name in experts:
+                shape, start = (experts[name].n_experts, *shape[1:]), experts[name].first * tensor[0].numel()
+            pieces.append(TensorPiece(name, shape, start, tensor))
+        return pieces
+
+    def _experts(self) -> dict[str, Experts]:
+        """By the names of their parameters."""
+        found = ((name, module) for name, module in self.named_modules() if isinstance(module, Experts))
+        return {f"{name}.{parameter}": experts for name, experts in found for parameter in ("w13", "w2")}
 
 
 def _run(layer: nn.Module, recompute: bool, *inputs: Any) -> Any:

@@ -3,7 +3,7 @@
 Training checkpoints and imported models share this part, so that reading weights needs nothing of the trainer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from nmoe.kernels.ops import Ops, select_ops
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.errors import WeightsMismatchError
 from nmoe.model.schema import ModelConfig
+from nmoe.model.tensor_pieces import TensorPiece
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport, Transport
 
@@ -46,7 +47,7 @@ def read_model(
         WeightsMismatchError: the tensors are not those of the configuration.
     """
     model = Transformer.build(read_config(folder), ops, transport, device=device, dtype=dtype)
-    copy_weights(folder, PREFIX, model.state())
+    fill_pieces(folder, PREFIX, model.pieces())
     return model.eval()
 
 
@@ -54,29 +55,40 @@ def shape_problems(folder: TensorFolder, config: ModelConfig) -> list[str]:
     """Why the folder's weights are not those of a model of this configuration; empty where they are."""
     with torch.device("meta"):
         targets = Transformer(config, select_ops("reference", "cpu"), LocalTransport()).state()
-    return _problems(folder, PREFIX, targets)
+    return _problems(folder, PREFIX, {name: tuple(target.shape) for name, target in targets.items()})
 
 
 @torch.no_grad()
-def copy_weights(folder: TensorFolder, prefix: str, targets: Mapping[str, torch.Tensor]) -> None:
-    """Fills `targets` with the folder's tensors `prefix + name`, converting dtypes.
+def fill_pieces(folder: TensorFolder, prefix: str, pieces: Iterable[TensorPiece]) -> None:
+    """Fills the tensors of `pieces` with their elements of the folder's tensors `prefix + name`, converting dtypes.
+
+    The folder may have been written by any number of ranks.
+
+    Args:
+        folder: to read from.
+        prefix: of the tensors' names in the folder.
+        pieces: at least one of each tensor that the folder should have under the prefix; one without elements says
+            that there is such a tensor, and that this rank holds nothing of it.
 
     Raises:
-        WeightsMismatchError: one is missing, has another shape, or is one too many. No target has been filled then.
+        WeightsMismatchError: a tensor is missing, has another shape, or is one too many. Nothing has been filled then.
     """
-    problems = _problems(folder, prefix, targets)
+    pieces = list(pieces)
+    problems = _problems(folder, prefix, {piece.name: tuple(piece.shape) for piece in pieces})
     if problems:
         raise WeightsMismatchError(folder.path, problems)
-    for name, target in targets.items():
-        target.copy_(folder.tensor(prefix + name))
+    for piece in pieces:
+        if piece.tensor.numel() > 0:
+            found = folder.read_range(prefix + piece.name, piece.start, piece.stop)
+            piece.tensor.copy_(found.view(piece.tensor.shape))
 
 
-def _problems(folder: TensorFolder, prefix: str, targets: Mapping[str, torch.Tensor]) -> list[str]:
+def _problems(folder: TensorFolder, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     saved = {name.removeprefix(prefix): shape for name, shape in folder.shapes.items() if name.startswith(prefix)}
     problems = []
-    for name, target in targets.items():
+    for name, shape in shapes.items():
         if name not in saved:
             problems.append(f"no tensor {name}")
-        elif saved[name] != tuple(target.shape):
-            problems.append(f"{name} of shape {saved[name]}, expected {tuple(target.shape)}")
-    return problems + [f"a tensor {name} that this model lacks" for name in sorted(saved.keys() - targets.keys())]
+        elif saved[name] != shape:
+            problems.append(f"{name} of shape {saved[name]}, expected {shape}")
+    return problems + [f"a tensor {name} that this model lacks" for name in sorted(saved.keys() - shapes.keys())]

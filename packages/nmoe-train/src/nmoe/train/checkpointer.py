@@ -2,6 +2,8 @@
 
     <folder>/step_XXXXXXXX    a tensor folder (see nmoe.model.checkpoint) of the state after so many steps
 
+Several ranks write one checkpoint together, each the pieces that it holds; any number of ranks reads it.
+
 A name that begins with a dot belongs to a write or a removal that has not ended, and is nobody's checkpoint.
 """
 
@@ -9,9 +11,10 @@ import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,40 +29,61 @@ from nmoe.model.checkpoint import (
     write_folder,
 )
 from nmoe.model.errors import CheckpointError
+from nmoe.model.tensor_pieces import Run, TensorPiece, join_pieces, refuse_parts, whole_pieces
+from nmoe.rdep.world import World, alone
 from nmoe.train.errors import CheckpointWriteError, RefusedCheckpointError
+from nmoe.train.rank_write import RankWrite
 
 _NAME = re.compile(r"step_(\d{8,})")
 
 
 class Checkpointer:
-    """Writes a run's checkpoints. The only writer of its folder: the run's lock sees to that.
+    """Writes a run's checkpoints. The run's ranks are the only writers of its folder: the run's lock sees to that.
 
-    Leftovers of a killed writer are removed when it is made.
+    Every rank has one and calls `save` in lockstep. Rank 0's cleans up, publishes and prunes. Leftovers of a killed
+    writer are removed when it is made.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None = None,
+        *,
+        world: World | None = None,
+        parts_timeout_s: float = 1800.0,
+    ) -> None:
         """Prepares to write.
 
         Args:
-            folder: Where the checkpoints are; made at the first write.
+            folder: Where the checkpoints are, the same for all ranks; made at the first write.
             keep: The newest so many stay, at least one.
             keep_every: Checkpoints at multiples of so many steps stay for ever; absent: none does.
+            world: The ranks; absent: this process is alone. One checkpointer a folder and world.
+            parts_timeout_s: How long rank 0 waits for the other ranks' parts once its own is written. On one host, a
+                rank that has ended is not waited for.
         """
         self.folder = folder
         self._keep = keep
         self._keep_every = keep_every
+        self._world = alone("cpu") if world is None else world
+        self._parts_timeout_s = parts_timeout_s
+        self._saves = 0
         self._snapshot: dict[str, torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last write
         self._untold: deque[Exception] = deque()  # of any write, made good since or not; not yet asked for
-        clean_leftovers(folder, writers_are_dead=True)  # the run's lock keeps others out
+        if self._world.rank == 0:
+            clean_leftovers(folder, writers_are_dead=True)  # the run's lock keeps others out
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or would be."""
         return self.folder / f"step_{step:08}"
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], documents: Mapping[str, Any]) -> None:
-        """Copies the state to host memory and begins to write it at `path(step)`.
+    def save(
+        self, step: int, tensors: Mapping[str, torch.Tensor] | Iterable[TensorPiece], documents: Mapping[str, Any]
+    ) -> None:
+        """Copies the state to host memory and begins to write it at `path(step)`. All ranks call it in lockstep.
 
         On return tensors and documents may change again. The copy's memory is kept for the next save: one host copy of
         the state, no more. An earlier write is waited for first. A checkpoint of the same step is replaced, once the
@@ -68,19 +92,20 @@ class Checkpointer:
 
         Args:
             step: Steps that the state has seen.
-            tensors: The state, on any device; read on its current stream.
-            documents: JSON values, see `nmoe.model.checkpoint.write_folder`.
+            tensors: The state, on any device; read on its current stream. Whole tensors by name, or what this rank
+                holds: over all ranks, every element of a tensor once. A piece without elements is not stored.
+            documents: JSON values, see `nmoe.model.checkpoint.write_folder`. Rank 0's are written.
 
         Raises:
-            nmoe.model.errors.CheckpointError: the disk has no room now, or the format cannot hold an entry.
+            nmoe.model.errors.CheckpointError: the disk has no room now, or the format cannot hold an entry. If it is
+                raised on one rank it is raised on all.
         """
         self._join()
         path = self.path(step)
-        check_space(path, tensors, documents)
-        self._snapshot = {name: self._to_host(name, tensor) for name, tensor in tensors.items()}
+        pieces = whole_pieces(tensors) if isinstance(tensors, Mapping) else tensors
         # No daemon: a process that ends on an error still finishes the checkpoint it began.
         self._thread = threading.Thread(
-            target=self._write, args=(path, self._snapshot, deepcopy(dict(documents))), name=f"checkpoint-{step}"
+            target=self._write, args=(path, self._begin(path, pieces, documents)), name=f"checkpoint-{step}"
         )
         self._thread.start()
 
@@ -111,22 +136,54 @@ class Checkpointer:
             self._thread = None
 
     def drop_after(self, step: int) -> None:
-        """Removes all checkpoints of later steps, complete or not: a run that goes on from `step` will write others."""
+        """Removes all checkpoints of later steps, complete or not: a run that goes on from `step` will write others.
+
+        On rank 0; on the others it only waits.
+        """
         self.wait()
+        if self._world.rank > 0:
+            return
         for found, path in _steps(self.folder):
             if found > step:
                 _remove(path)
 
-    def _to_host(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._snapshot.get(name)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-        return buffer.copy_(tensor.detach())
-
-    def _write(self, path: Path, tensors: Mapping[str, torch.Tensor], documents: Mapping[str, Any]) -> None:
+    def _begin(self, path: Path, pieces: Iterable[TensorPiece], documents: Mapping[str, Any]) -> Callable[[], None]:
+        """Refuses what cannot be written, copies the state, and returns what writes the copy."""
+        if self._world.size == 1:
+            runs = join_pieces(pieces)
+            refuse_parts(runs)
+            check_space(path, {run.name: run.blank("meta") for run in runs}, documents)
+            self._copy_to_host(runs)
+            return partial(write_folder, path, self._snapshot, deepcopy(dict(documents)), replace=True)
+        self._saves += 1
+        name = f"{path.name}/{self._saves}"
+        write = RankWrite.agree(self._world, name, path, pieces, documents, self._parts_timeout_s)
         try:
-            write_folder(path, tensors, documents, replace=True)
-            self._prune()
+            self._copy_to_host(write.runs)
+        except BaseException as error:
+            write.fail(error)
+            raise
+        return partial(write.write, self._snapshot)
+
+    def _copy_to_host(self, runs: Iterable[Run]) -> None:
+        buffers = {}
+        for run in runs:
+            if run.is_stored:
+                buffers[run.key] = self._buffer(run)
+                run.copy_to(buffers[run.key])
+        self._snapshot = buffers
+
+    def _buffer(self, run: Run) -> torch.Tensor:
+        known, blank = self._snapshot.get(run.key), run.blank("meta")
+        if known is not None and known.shape == blank.shape and known.dtype == blank.dtype:
+            return known
+        return run.blank("cpu")
+
+    def _write(self, path: Path, write: Callable[[], None]) -> None:
+        try:
+            write()
+            if self._world.rank == 0:
+                self._prune()
         except CheckpointError as error:
             self._note(error)
         except Exception as error:

@@ -21,6 +21,26 @@ class NonFiniteError(TrainError):
         )
 
 
+class WorldSizeError(TrainError):
+    """The ranks that are there are not those that the configuration divides the batch among."""
+
+    def __init__(self, expected: int, found: int) -> None:
+        super().__init__(
+            f"expected runtime.world_size = {expected} ranks, found {found}: start as many, or set runtime.world_size"
+        )
+
+
+class PeerFaultError(TrainError):
+    """Other ranks could not exchange rows; the weights are those before that step."""
+
+    def __init__(self, step: int, ranks: Sequence[int]) -> None:
+        self.step, self.ranks = step, tuple(ranks)
+        super().__init__(
+            f"step {step}: expected all ranks to exchange their rows, found a fault on rank "
+            f"{', '.join(map(str, self.ranks))}: see what went wrong there"
+        )
+
+
 class IdentityMismatchError(TrainError):
     """A run cannot go on under settings or data that change what it computes."""
 

@@ -1,4 +1,5 @@
-"""fp32 gradient accumulators, one a parameter, and what is asked of them: norm, clipping, where one is not finite."""
+"""fp32 gradient accumulators, summed over micro-batches and ranks, and what is asked of them: norm, clipping, where one
+is not finite."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,61 +7,114 @@ from typing import Any
 import torch
 from nmoe.kernels.main_grad import deliver
 from nmoe.kernels.ops import Ops
-from nmoe.train.flat import FlatParameters
+from nmoe.train.flat import FlatGroup, FlatParameters
 
 
 class Gradients:
-    """Gives every parameter a `main_grad` that sums over the micro-batches of a step: a view of its group's buffer.
+    """Gives every parameter a `main_grad`, which takes its gradients, and sums them over a step.
 
     Ops with hand-derived backwards write to it themselves; the gradients that autograd leaves in `.grad` are moved
-    there as soon as they are whole, so that no second copy of the model's gradients exists. A step's first gradient
-    overwrites what the last step left: only accumulators that none has reached are cleared, when they are read.
+    there as soon as they are whole, so that no second copy of the model's gradients exists.
+
+    Of parameters that this rank alone updates, `main_grad` is the accumulator itself: a step's first gradient
+    overwrites what the last step left, and only accumulators that none has reached are cleared, when they are read. Of
+    parameters that ranks divide, it holds one micro-batch's gradients; `reduce` adds their sum over ranks to the
+    accumulators, which a rank has of its own pieces alone.
     """
 
     def __init__(self, flat: FlatParameters[Any], ops: Ops) -> None:
-        self._ops, self._parameters = ops, flat.parameters
-        self._buffers = [group.zeros(torch.promote_types(group.dtype, torch.float32)) for group in flat.groups]
-        self._by_name = flat.views(self._buffers)
-        for name, parameter in self._parameters.items():
-            parameter.main_grad = self._by_name[name]  # type: ignore[attr-defined]
-            parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
+        self._ops, self._flat = ops, flat
+        wide = [torch.promote_types(group.dtype, torch.float32) for group in flat.groups]
+        self._sums = [group.shard_zeros(dtype) for group, dtype in zip(flat.groups, wide, strict=True)]
+        self._divided: list[_Divided] = []
+        for group, sums in zip(flat.groups, self._sums, strict=True):
+            taken = group.zeros(sums.dtype) if group.divided else sums
+            for name in group.shapes:
+                parameter = flat.parameters[name]
+                parameter.main_grad = group.view(taken, name)  # type: ignore[attr-defined]
+                parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
+            if group.divided:
+                self._divided.append(_Divided(group, taken, sums, [flat.parameters[name] for name in group.shapes]))
+        kept = {name for group in flat.groups if not group.divided for name in group.shapes}
+        self._kept = [parameter for name, parameter in flat.parameters.items() if name in kept]
+        # What the later micro-batches' sums over ranks lie in until they are added.
+        longest = max((piece for divided in self._divided for piece in divided.pieces), default=0)
+        self._piece = {dtype: torch.empty(longest, dtype=dtype, device=self._sums[0].device) for dtype in set(wide)}
         self.zero()
 
     def zero(self) -> None:
         """Starts a new step. No memory is touched: what stands in the accumulators no longer counts."""
-        for parameter in self._parameters.values():
+        for parameter in self._flat.parameters.values():
             parameter.main_grad_stale = True  # type: ignore[attr-defined]
+
+    def reduce(self, *, first: bool) -> None:
+        """After each micro-batch: adds what ranks divide, summed over them, to the accumulators.
+
+        Args:
+            first: of the step; overwrites what the last step left.
+        """
+        for divided in self._divided:
+            divided.reduce(self._piece[divided.sums.dtype], first=first)
 
     def replayed(self) -> None:
         """A CUDA graph has made the step: every accumulator counts, though no Python ran that would have noted it."""
-        for parameter in self._parameters.values():
+        for parameter in self._kept:
             parameter.main_grad_stale = False  # type: ignore[attr-defined]
 
     @property
-    def by_name(self) -> Mapping[str, torch.Tensor]:
-        """The step's gradients so far; zeros for a parameter that had none."""
-        self._settle()
-        return self._by_name
+    def parts(self) -> Mapping[str, list[torch.Tensor]]:
+        """The step's gradients so far, as many of them as this rank accumulates, by parameter; zeros for a parameter
+        that had none. See `nmoe.train.flat.FlatGroup.parts`."""
+        held = {
+            name: [part for _, part in group.parts(sums, name)]
+            for group, sums in zip(self._flat.groups, self.sums, strict=True)
+            for name in group.shapes
+        }
+        return {name: held[name] for name in self._flat.parameters}
 
     @property
-    def buffers(self) -> Sequence[torch.Tensor]:
-        """The same, as the flat buffer of each group, in the groups' order."""
-        self._settle()
-        return self._buffers
+    def sums(self) -> Sequence[torch.Tensor]:
+        """The same, as the shard of each group, in the groups' order."""
+        _settle(self._kept)
+        return self._sums
 
     def norm(self) -> torch.Tensor:
-        """Global 2-norm, a scalar on the device."""
-        return self._ops.global_norm(self.buffers)
+        """2-norm of what this rank accumulates, a scalar on the device."""
+        return self._ops.global_norm(self.sums)
 
     def not_finite(self) -> list[str]:
-        """Names of the parameters whose gradients hold a NaN or an infinity."""
-        return [name for name, grad in self.by_name.items() if not bool(torch.isfinite(grad).all())]
+        """Names of the parameters of whose gradients this rank has a NaN or an infinity."""
+        return [
+            name for name, parts in self.parts.items() if not all(bool(torch.isfinite(part).all()) for part in parts)
+        ]
 
-    def _settle(self) -> None:
-        for name, parameter in self._parameters.items():
-            if parameter.main_grad_stale:  # type: ignore[attr-defined]
-                self._by_name[name].zero_()
-                parameter.main_grad_stale = False  # type: ignore[attr-defined]
+
+class _Divided:
+    """A micro-batch's gradients of a group that ranks divide, and this rank's shard of their sums."""
+
+    def __init__(
+        self, group: FlatGroup[Any], taken: torch.Tensor, sums: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> None:
+        self.sums = sums
+        self._world, self._parameters = group.world, parameters
+        self._chunks = [(chunk, sums[piece]) for chunk, piece in group.chunks(taken)]
+
+    @property
+    def pieces(self) -> list[int]:
+        """Elements of each piece."""
+        return [piece.numel() for _, piece in self._chunks]
+
+    def reduce(self, temporary: torch.Tensor, *, first: bool) -> None:
+        _settle(self._parameters)
+        for chunk, sums in self._chunks:
+            if first:
+                self._world.scatter_sum(chunk, sums)
+                continue
+            piece = temporary[: sums.numel()]
+            self._world.scatter_sum(chunk, piece)
+            sums.add_(piece)
+        for parameter in self._parameters:
+            parameter.main_grad_stale = True  # type: ignore[attr-defined]
 
 
 def clip_factor(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
@@ -68,6 +122,14 @@ def clip_factor(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
     if limit is None:
         return torch.ones_like(norm)
     return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def _settle(parameters: Sequence[torch.Tensor]) -> None:
+    """Clears what no gradient has reached."""
+    for parameter in parameters:
+        if parameter.main_grad_stale:  # type: ignore[attr-defined]
+            parameter.main_grad.zero_()  # type: ignore[attr-defined]
+            parameter.main_grad_stale = False  # type: ignore[attr-defined]
 
 
 def _move_to_main_grad(parameter: torch.Tensor) -> None:

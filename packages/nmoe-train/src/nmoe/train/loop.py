@@ -1,7 +1,5 @@
 """The training loop. It reads from top to bottom: build, restore, step, record, save, evaluate, end."""
 
-import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -9,30 +7,30 @@ from functools import wraps
 from types import MappingProxyType
 from typing import Any, Concatenate, Literal, ParamSpec
 
+import numpy as np
 import torch
 from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.ops import select_ops
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.transformer import Transformer
-from nmoe.rdep.transport import open_transport
+from nmoe.rdep.transport import Transport, open_transport
+from nmoe.rdep.world import World, alone
 from nmoe.train.checkpointer import Checkpointer
 from nmoe.train.clock import Clock
-from nmoe.train.errors import NonFiniteError
+from nmoe.train.errors import WorldSizeError
 from nmoe.train.gradients import Gradients
-from nmoe.train.metrics import MetricsWriter, read_metrics
+from nmoe.train.metrics import MetricsWriter, NoMetrics, read_metrics
 from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.profile import StepProfiler
-from nmoe.train.protocols import BatchSource, Evaluate, Reporter, RunStart, StepReport
+from nmoe.train.protocols import BatchSource, Evaluate, Reporter, RunStart
+from nmoe.train.recorder import Recorder
 from nmoe.train.run_folder import RunFolder
 from nmoe.train.schema import TrainConfig, TrainingConfig
 from nmoe.train.signals import StopSignal
 from nmoe.train.state import TrainState
-from nmoe.train.step import LaunchedStep, StepFigures, TrainStep
+from nmoe.train.step import TrainStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-STEPS_LATE = {"cpu": 0, "cuda": 1}
-"""How many steps behind the device the host reads what they gave."""
-
 Parameters = ParamSpec("Parameters")
 
 Status = Literal["finished", "target_reached", "interrupted"]
@@ -63,7 +61,7 @@ def _on_own_stream(
         if config.runtime.device != "cuda":
             return function(config, *args, **options)
         detect_arch("cuda")  # says what is wrong with the GPU, before anything asks for one
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()):  # of the current device, which a world's is
             return function(config, *args, **options)
 
     return on_own_stream
@@ -84,47 +82,59 @@ def train(
     labels: Mapping[str, Any] = MappingProxyType({}),
     at_end: Callable[[Transformer], None] | None = None,
     profile: tuple[int, int] | None = None,
+    world: World | None = None,
 ) -> Outcome:
-    """Trains until `train.steps`, the target loss, or a signal.
+    """Trains until `train.steps`, the target loss, or a signal. All ranks of a world call it alike, and it ends on all
+    at the same step, in the same way.
 
     Args:
         config: everything that decides the computation.
         run: where metrics and checkpoints go.
         batches: samples by global index.
         identity: saved with each checkpoint and compared at resume.
-        reporter: shows progress to a person.
-        evaluate: measures the model; None for no evaluation. See `nmoe.train.protocols.Evaluate`.
+        reporter: shows progress to a person; on ranks other than 0, one that says nothing.
+        evaluate: measures the model; None for no evaluation. See `nmoe.train.protocols.Evaluate`. Several ranks call it
+            all together, and it gives the same values on all; if it fails there, the run ends.
         evaluate_every: steps between evaluations; None for one after the last step.
         resume: a checkpoint of this run to continue.
         start_from: another run's checkpoint whose weights this run starts with.
         labels: JSON documents to save with each checkpoint, such as the tokenizer's name.
-        at_end: called with the trained model, in evaluation mode, once its last checkpoint is on disk.
-        profile: first and last step of a profiler trace.
+        at_end: called with the trained model, in evaluation mode, once its last checkpoint is on disk; on all ranks,
+            whose calls of the model must be as many, and alike.
+        profile: first and last step of a profiler trace, of rank 0.
+        world: the ranks, `runtime.world_size` of them; None: this one alone.
 
     Raises:
         NonFiniteError: a loss or gradient was NaN or infinite; the weights are untouched by that step.
+        PeerFaultError: another rank could not go on; it tells why.
+        PeerTimeoutError, CapacityError: this rank could not exchange rows with the others.
+        WorldSizeError: the world is not of `runtime.world_size` ranks.
         IdentityMismatchError: `resume` was made under other settings.
         WeightsMismatchError: `start_from` holds another model.
         UnsupportedArchError, TransportUnavailableError: the machine cannot run what was asked for.
     """
     # ---- build -------------------------------------------------------------------------------------------------------
     settings, runtime = config.train, config.runtime
-    device = torch.device(runtime.device)
+    world = alone(runtime.device) if world is None else world
+    if world.size != runtime.world_size:
+        raise WorldSizeError(runtime.world_size, world.size)
+    device = world.device
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     torch.manual_seed(runtime.seed)
     ops = select_ops(runtime.kernels, device)
-    transport = open_transport(config.rdep, runtime.world_size)
+    dtype = DTYPES[runtime.precision]
+    transport = open_transport(config.rdep, world, max_tokens=settings.micro_batch_size * settings.seq_len, dtype=dtype)
     model = Transformer.build(
         config.model,
         ops,
         transport,
         device=device,
-        dtype=DTYPES[runtime.precision],
+        dtype=dtype,
         seed=runtime.seed if resume is None and start_from is None else None,
     )
     model.train()
-    flat = flatten(dict(model.named_parameters()), config.optim)
+    flat = flatten(dict(model.named_parameters()), config.optim, world)
     gradients = Gradients(flat, ops)
     optimizer = Optimizer(flat, config.optim, ops)
     state = TrainState(model, optimizer, identity, labels)
@@ -134,13 +144,15 @@ def train(
         state.restore(resume)
     elif start_from is not None:
         state.start_from(start_from)
-    metrics = MetricsWriter(run.metrics, compact_every=config.metrics.compact_every)
+    metrics = MetricsWriter(run.metrics, compact_every=config.metrics.compact_every) if world.rank == 0 else NoMetrics()
     metrics.drop_after(state.step)
-    checkpointer = Checkpointer(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every)
+    checkpointer = Checkpointer(run.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every, world=world)
     checkpointer.drop_after(state.step)
-    profiler = StepProfiler(profile, run.path / "profile", device, first_step=state.step + 1)
-    train_step = TrainStep(model, gradients, optimizer, config, graph=runtime.uses_cuda_graph)
-    recorder = _Recorder(config, train_step, Clock(config, device, state.step), metrics, reporter)
+    profiler = StepProfiler(
+        profile if world.rank == 0 else None, run.path / "profile", device, first_step=state.step + 1
+    )
+    train_step = TrainStep(model, gradients, optimizer, config, transport, graph=runtime.uses_cuda_graph)
+    recorder = Recorder(config, train_step, transport, Clock(config, device, state.step), metrics, reporter)
     evaluation: Mapping[str, float] = {}
     saved_at = state.step if resume is not None else None
 
@@ -150,21 +162,29 @@ def train(
     def measure() -> Mapping[str, float]:
         assert evaluate is not None, "there is no evaluation without a function that measures"
         with train_step.memory():
-            return _evaluate(model, evaluate, state.step, metrics, reporter)
+            return _evaluate(model, evaluate, state.step, transport, metrics, reporter)
 
-    with _finishing(checkpointer), closing(reporter), closing(metrics), StopSignal() as stop:
+    def signal() -> int | None:
+        # Of several ranks, what all of them have read in the same step's figures.
+        return stop.received if world.size == 1 else recorder.signal
+
+    with (
+        _finishing(checkpointer), closing(transport), closing(reporter), closing(metrics), StopSignal() as stop
+    ):  # fmt: skip
         description = _describe(config, device)
         reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
-        if evaluate is not None and resume is not None and evaluates_at(state.step) and not _was_evaluated(run, state):
+        due = evaluate is not None and resume is not None and evaluates_at(state.step)
+        if due and not _was_evaluated(run, state, world):
             evaluation = measure()  # a kill had come between
             recorder.clock.skip()
         with profiler:
-            while state.step < settings.steps and not _reached(settings, evaluation) and stop.received is None:
+            while state.step < settings.steps and not _reached(settings, evaluation) and signal() is None:
                 # ---- one step, and the record of the one before ------------------------------------------------------
                 step = state.step + 1
                 with profiler.range("batch"):
-                    sample_NS1 = torch.from_numpy(batches.batch(state.cursor, settings.batch_size))
-                recorder.add(train_step.launch(step, state.cursor, sample_NS1, profiler.range))
+                    sample_NS1 = _samples(batches, state.cursor, settings, world)
+                launched = train_step.launch(step, state.cursor, sample_NS1, profiler.range, signal=stop.received)
+                recorder.add(launched)
                 state.step, state.cursor = step, state.cursor + settings.batch_size
                 profiler.step(step)
                 _tell_failures(checkpointer, reporter)
@@ -174,7 +194,7 @@ def train(
                 if due:
                     recorder.finish()
                 if config.checkpoint.enabled and due:
-                    checkpointer.save(step, state.tensors(), state.documents())
+                    checkpointer.save(step, state.pieces(), state.documents())
                     saved_at = step
                     reporter.checkpoint(step, checkpointer.path(step))
                 if evaluates_at(step):
@@ -185,15 +205,16 @@ def train(
         # ---- end -----------------------------------------------------------------------------------------------------
         recorder.finish()
         if config.checkpoint.enabled and saved_at != state.step and state.step > 0:
-            checkpointer.save(state.step, state.tensors(), state.documents())
+            checkpointer.save(state.step, state.pieces(), state.documents())
             reporter.checkpoint(state.step, checkpointer.path(state.step))
         try:
             checkpointer.wait()
         finally:
             _tell_failures(checkpointer, reporter)
-        if stop.received is not None and state.step < settings.steps and not _reached(settings, evaluation):
-            return Outcome("interrupted", state.step, recorder.loss, evaluation, int(stop.received))
-        if profile is not None:
+        stopped_by = signal()
+        if stopped_by is not None and state.step < settings.steps and not _reached(settings, evaluation):
+            return Outcome("interrupted", state.step, recorder.loss, evaluation, int(stopped_by))
+        if profile is not None and world.rank == 0:
             recorded = profiler.recorded
             reporter.message(
                 "None of the steps to profile was made"
@@ -206,73 +227,6 @@ def train(
             at_end(model)
     status: Status = "target_reached" if _reached(settings, evaluation) else "finished"
     return Outcome(status, state.step, recorder.loss, evaluation)
-
-
-class _Recorder:
-    """Reads what steps gave, a step late on a GPU, which is never idle for it, and tells metrics and reporter."""
-
-    def __init__(
-        self, config: TrainingConfig, train_step: TrainStep, clock: Clock, metrics: MetricsWriter, reporter: Reporter
-    ) -> None:
-        self.config, self.train_step, self.clock = config, train_step, clock
-        self.metrics, self.reporter = metrics, reporter
-        self.loss: float | None = None
-        """The last recorded training loss."""
-        self._late = STEPS_LATE[config.runtime.device]
-        self._launched: deque[LaunchedStep] = deque()
-
-    def add(self, launched: LaunchedStep) -> None:
-        """Takes a step that was just launched, and records the one that is late enough.
-
-        Raises:
-            NonFiniteError: that step was not applied, nor was any after it.
-        """
-        self._launched.append(launched)
-        while len(self._launched) > self._late:
-            self._record(self._launched.popleft())
-
-    def finish(self) -> None:
-        """Records all: every step launched has been applied.
-
-        Raises:
-            NonFiniteError: as `add`.
-        """
-        while self._launched:
-            self._record(self._launched.popleft())
-
-    def _record(self, launched: LaunchedStep) -> None:
-        figures = launched.wait(self.train_step.model)
-        self.clock.lap(launched.ended)
-        self._refuse_non_finite(launched, figures)
-        self.loss = figures.loss
-        step, steps = launched.step, self.config.train.steps
-        if step % self.config.metrics.every and step != steps:
-            return
-        worst = [value for tag, value in figures.health.items() if tag.endswith("max_over_mean")]
-        report = StepReport(
-            step=step,
-            steps=steps,
-            loss=figures.loss,
-            lr=self.config.optim.lr_dense * launched.lr_factor,
-            grad_norm=figures.grad_norm,
-            load_max_over_mean=max(worst) if worst else None,
-            **self.clock.figures(step, steps),
-        )
-        self.metrics.write(step, {**_tags(report), "train/total_loss": figures.total_loss, **figures.health})
-        self.reporter.step(report)
-
-    def _refuse_non_finite(self, launched: LaunchedStep, figures: StepFigures) -> None:
-        size = self.config.train.micro_batch_size
-        for i, losses in enumerate(figures.losses):
-            if not all(map(math.isfinite, losses)):
-                first = launched.cursor + i * size
-                where = f"micro-batch {i}, samples {first} to {first + size - 1}"
-                raise NonFiniteError(launched.step, "the loss", where)
-        if math.isfinite(figures.grad_norm):
-            return
-        names = self.train_step.not_finite(launched)
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        raise NonFiniteError(launched.step, "the gradient", f"of {shown}" if names else "its norm overflows")
 
 
 @contextmanager
@@ -295,9 +249,21 @@ def _reached(settings: TrainConfig, evaluation: Mapping[str, float]) -> bool:
     return settings.target_loss is not None and evaluation.get("val/loss", float("inf")) <= settings.target_loss
 
 
-def _was_evaluated(run: RunFolder, state: TrainState) -> bool:
-    rows = read_metrics(run.metrics, tags=["val/loss"])
-    return state.step in rows.column("step").to_pylist()
+def _was_evaluated(run: RunFolder, state: TrainState, world: World) -> bool:
+    """As rank 0 finds it: all ranks must do the same."""
+    found = b""
+    if world.rank == 0:
+        rows = read_metrics(run.metrics, tags=["val/loss"])
+        found = b"yes" if state.step in rows.column("step").to_pylist() else b"no"
+    return world.share("was evaluated", found)[0] == b"yes"
+
+
+def _samples(batches: BatchSource, cursor: int, settings: TrainConfig, world: World) -> torch.Tensor:
+    """This rank's samples of the global batch that begins at `cursor`. Micro-batches go to the ranks in turn, so that
+    their order does not depend on how many ranks there are."""
+    size = settings.micro_batch_size
+    firsts = range(world.rank * size, settings.batch_size, world.size * size)
+    return torch.from_numpy(np.concatenate([batches.batch(cursor + first, size) for first in firsts]))
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -305,13 +271,21 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def _evaluate(
-    model: Transformer, evaluate: Evaluate, step: int, metrics: MetricsWriter, reporter: Reporter
+    model: Transformer,
+    evaluate: Evaluate,
+    step: int,
+    transport: Transport,
+    metrics: MetricsWriter | NoMetrics,
+    reporter: Reporter,
 ) -> Mapping[str, float]:
     model.eval()
     try:
         with torch.no_grad():
             values = evaluate(model)
+        transport.faults.check()
     except Exception as error:  # whatever failed, the run's own work is worth more than a measurement
+        if transport.world.size > 1:
+            raise  # the other ranks are in the midst of it: there is no step that all could go on with
         reporter.message(f"step {step}: the evaluation failed and training goes on: {type(error).__name__}: {error}")
         return {}
     finally:
@@ -319,19 +293,6 @@ def _evaluate(
     metrics.write(step, values)
     reporter.evaluation(step, values)
     return values
-
-
-def _tags(report: StepReport) -> dict[str, float]:
-    tags = {
-        "train/loss": report.loss,
-        "train/lr": report.lr,
-        "train/grad_norm": report.grad_norm,
-        "perf/ms_step": report.ms,
-        "perf/tokens_per_s": report.tokens_per_s,
-        "perf/mfu": report.mfu,
-        "perf/memory_bytes": None if report.memory_bytes is None else float(report.memory_bytes),
-    }
-    return {tag: value for tag, value in tags.items() if value is not None}
 
 
 def _describe(config: TrainingConfig, device: torch.device) -> str:

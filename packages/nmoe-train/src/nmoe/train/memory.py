@@ -5,7 +5,7 @@ micro-batch plus the largest temporaries; the comments name the tensors.
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from nmoe.model.count import parameter_shapes
 from nmoe.model.schema import ModelConfig
@@ -19,7 +19,8 @@ class MemoryNeed:
     parameters: int
     """Weights as the kernels read them, and the 16-bit residuals that make them exact fp32 masters."""
     gradients: int
-    """fp32 accumulators."""
+    """fp32 accumulators; of several ranks also a micro-batch's gradients of all that ranks divide, before these are
+    summed."""
     optimizer: int
     """Moments or momentum, fp32."""
     activations: int
@@ -28,15 +29,18 @@ class MemoryNeed:
     """The largest temporaries that live at once, with what the backward of a recomputed layer computes again, less what
     the backwards before it have freed."""
 
+    slabs: int = 0
+    """Of several ranks: where the tokens of all land, for each MoE layer, and for what comes back."""
+
     @property
     def total(self) -> int:
         """All of it."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.workspace + self.slabs
 
 
 def predict_memory(config: TrainingConfig) -> MemoryNeed:
     """Bytes that each rank needs. With W ranks, experts are sharded; of the rest, weights are replicated and masters,
-    gradients and optimizer state sharded (ZeRO-2)."""
+    accumulators and optimizer state sharded (ZeRO-2); what fills up pieces is not counted."""
     ranks, bf16 = config.runtime.world_size, config.runtime.precision == "bf16"
     weight_bytes, residual_bytes = (2, 2) if bf16 else (4, 0)
     parameters = gradients = optimizer = 0.0
@@ -47,8 +51,42 @@ def predict_memory(config: TrainingConfig) -> MemoryNeed:
         parameters += (here if expert else size) * (4 if router else weight_bytes)
         parameters += 0 if router else here * residual_bytes
         gradients += here * 4
+        gradients += size * 4 if ranks > 1 and not expert else 0
         optimizer += here * 4 * _moments(config, name)
-    return MemoryNeed(int(parameters), int(gradients), int(optimizer), _activations(config), _workspace(config))
+    if ranks > 1:
+        gradients += (config.optim.reduce_scatter_chunk_mb << 20) / ranks  # a piece of a later micro-batch's sum
+    return MemoryNeed(
+        parameters=int(parameters),
+        gradients=int(gradients),
+        optimizer=int(optimizer),
+        activations=_activations(config),
+        workspace=_workspace(config),
+        slabs=_slabs(config),
+    )
+
+
+def _slabs(config: TrainingConfig) -> int:
+    """A slab for each MoE layer and one for gradients, with a token's experts and gates, and one for what comes back,
+    with gates' gradients."""
+    model, ranks = config.model, config.runtime.world_size
+    layers = sum(not model.is_dense(layer) for layer in range(model.n_layers + model.mtp_depth))
+    if ranks == 1 or layers == 0:
+        return 0
+    top_k = model.n_activated_experts or 0
+    tokens = ranks * config.train.micro_batch_size * config.train.seq_len
+    rows = tokens * _bytes(config) * model.dim
+    return (layers + 1) * (rows + tokens * 8 * top_k) + rows + tokens * 4 * top_k
+
+
+def routed_rows(config: TrainingConfig) -> int:
+    """Rows of this rank's experts that there is room for. One rank alone gets K rows a token; several have what
+    `rdep.capacity_factor` allows, as `nmoe.rdep.expert_parallel.row_capacity` has it."""
+    ranks, top_k = config.runtime.world_size, config.model.n_activated_experts or 0
+    tokens = config.train.micro_batch_size * config.train.seq_len
+    if ranks == 1:
+        return tokens * top_k
+    most = ranks * tokens * min(top_k, (config.model.n_routed_experts or 0) // ranks)
+    return min(most, ceil(config.rdep.capacity_factor * tokens * top_k / 256) * 256)
 
 
 def _moments(config: TrainingConfig, name: str) -> int:
@@ -89,13 +127,13 @@ def _layer_activations(config: TrainingConfig, layer: int) -> int:
         total += tokens * width * model.dim * 7
     if model.is_dense(layer):
         return total + tokens * width * 3 * (model.inter_dim or 0)  # pre-activation 2F, activation F
-    hidden, top_k = model.moe_inter_dim or 0, model.n_activated_experts or 0
-    total += tokens * width * (2 * top_k + 3 * model.n_shared_experts) * hidden
+    hidden, rows = model.moe_inter_dim or 0, routed_rows(config)
+    total += width * (2 * rows + 3 * tokens * model.n_shared_experts) * hidden
     if config.runtime.kernels == "native":
         total += tokens * 4 * (model.n_routed_experts or 0)  # the router's logits
-        return total + tokens * top_k * 4 * 4  # row indices
+        return total + rows * 4 * 4  # row indices
     total += tokens * 4 * (model.dim + 6 * (model.n_routed_experts or 0))  # its fp32 input too
-    return total + tokens * top_k * 8 * 3
+    return total + rows * 8 * 3
 
 
 def _attention_width(model: ModelConfig) -> int:
@@ -129,7 +167,7 @@ def _backward_temporaries(config: TrainingConfig, layer: int) -> int:
     model, width = config.model, _bytes(config)
     if model.is_dense(layer):
         return 0
-    rows = config.train.micro_batch_size * config.train.seq_len * (model.n_activated_experts or 0)
+    rows = routed_rows(config)
     hidden, experts = model.moe_inter_dim or 0, (model.n_routed_experts or 0) // config.runtime.world_size
     return rows * width * (2 * model.dim + 3 * hidden) + experts * 2 * hidden * model.dim * width
 

@@ -152,6 +152,19 @@ class MetricsWriter:
         return _list_files(self.folder, self._rank)
 
 
+class NoMetrics:
+    """What a rank has that writes no metrics."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records nothing."""
+
+    def drop_after(self, step: int) -> None:
+        """There is nothing to remove."""
+
+    def close(self) -> None:
+        """There is nothing to wait for."""
+
+
 def read_metrics(folder: Path, tags: Iterable[str] | None = None) -> pa.Table:
     """All ranks' rows, each (step, tag, rank) once, ordered by tag, step and rank. A run may be writing meanwhile.
 

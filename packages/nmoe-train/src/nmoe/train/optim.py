@@ -7,29 +7,24 @@ follows Moonlight (arXiv:2502.16982): Nesterov momentum, Newton-Schulz, updates 
 An update can be captured in a CUDA graph: what changes from step to step is read from device memory.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import gcd
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from nmoe.kernels.ops import Ops
 from nmoe.kernels.reference.adamw import adamw_scalars
+from nmoe.model.tensor_pieces import TensorPiece
 from nmoe.model.transformer import Role, parameter_role
+from nmoe.rdep.world import World
 from nmoe.train.flat import FlatGroup, FlatParameters
 from nmoe.train.gradients import Gradients
+from nmoe.train.layout import Layout, Shape, cut_anywhere, side_by_side, whole_parameters
+from nmoe.train.muon import muon_batches, newton_schulz_cost, weight_runs
 from nmoe.train.schema import OptimConfig
 from torch import nn
 
 Kind = Literal["adamw", "muon"]
-
-MUON_BATCH_ELEMENTS = 1 << 26
-"""Bound on the elements of Muon's matrices that are orthogonalised together, unless one matrix (of an odd size: eight)
-has more.
-
-They take temporaries, on a GPU in bf16: three tensors of their size and two of the short side squared; at most (square
-matrices) five times 128 MiB.
-"""
 
 MUON_RMS = 0.2
 """Root mean square of an AdamW update, seen in practice, that Muon's is scaled to (Moonlight, section 2.2)."""
@@ -43,6 +38,8 @@ class GroupSettings:
     lr: float
     beta2: float
     weight_decay: float
+    divided: bool = False
+    """Whether every rank holds the parameters, and updates a part of them."""
 
 
 def group_settings(config: OptimConfig, role: Role) -> GroupSettings:
@@ -61,66 +58,44 @@ def group_settings(config: OptimConfig, role: Role) -> GroupSettings:
             return GroupSettings(config.dense_optimizer, config.lr_dense, config.beta2_dense, config.weight_decay)
 
 
-def flatten(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> FlatParameters[GroupSettings]:
-    """Puts the parameters of each settings and dtype into one buffer."""
-    return FlatParameters(parameters, lambda name: group_settings(config, parameter_role(name)))
+def flatten(parameters: Mapping[str, nn.Parameter], config: OptimConfig, world: World) -> FlatParameters[GroupSettings]:
+    """Puts the parameters of each settings and dtype into one buffer. Ranks divide what all of them hold: everything
+    but the experts."""
 
+    def settings(name: str) -> GroupSettings:
+        role = parameter_role(name)
+        return replace(group_settings(config, role), divided=world.size > 1 and role != "expert")
 
-class MuonBatch(NamedTuple):
-    """Equal matrices that lie one after another in a group's buffers, orthogonalised together."""
+    def lay_out(key: GroupSettings, shapes: Mapping[str, Shape]) -> Layout:
+        if not key.divided:
+            return side_by_side(shapes)
+        ranks, rank = world.size, world.rank
+        chunk_size = (config.reduce_scatter_chunk_mb << 20) // 4  # of fp32 gradients
+        if key.kind == "muon":
+            return whole_parameters(shapes, newton_schulz_cost, ranks=ranks, rank=rank, chunk_size=chunk_size)
+        return cut_anywhere(shapes, ranks=ranks, rank=rank, chunk_size=chunk_size)
 
-    start: int
-    """Of the first, in elements."""
-    shape: tuple[int, int, int]
-    """Matrices, rows, columns."""
-
-    def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The matrices in a buffer of the group."""
-        count, rows, columns = self.shape
-        return buffer[self.start : self.start + count * rows * columns].view(self.shape)
-
-
-def muon_batches(group: FlatGroup[GroupSettings]) -> list[MuonBatch]:
-    """All matrices of a group, in batches of at most `MUON_BATCH_ELEMENTS` and of even sizes, each from a multiple of
-    eight elements on."""
-    runs: list[MuonBatch] = []
-    for name, shape in group.shapes.items():
-        start, (rows, columns) = group.starts[name], shape[-2:]
-        size, matrices = rows * columns, shape.numel() // (rows * columns)
-        last = runs[-1] if runs else None
-        if last is not None and last.shape[1:] == (rows, columns) and last.start + last.shape[0] * size == start:
-            runs[-1] = MuonBatch(last.start, (last.shape[0] + matrices, rows, columns))
-        else:
-            runs.append(MuonBatch(start, (matrices, rows, columns)))
-    return [batch for run in runs for batch in _divide(run)]
-
-
-def _divide(run: MuonBatch) -> Iterator[MuonBatch]:
-    matrices, rows, columns = run.shape
-    batches = -(-matrices // max(1, MUON_BATCH_ELEMENTS // (rows * columns)))
-    # Matrices that fill pieces of 16 bytes, at which kernels want a tensor to start.
-    whole = 8 // gcd(8, rows * columns)
-    each = -(-matrices // batches // whole) * whole
-    for first in range(0, matrices, each):
-        yield MuonBatch(run.start + first * rows * columns, (min(each, matrices - first), rows, columns))
+    return FlatParameters(parameters, settings, lay_out, world)
 
 
 class Optimizer:
-    """Updates parameters from their accumulated fp32 gradients.
+    """Updates parameters from their accumulated fp32 gradients: this rank's parts of them, which it then sends to the
+    other ranks that hold them.
 
     Attributes:
-        parameters: by name.
-        state: named tensors in the parameters' shapes, fit for a checkpoint: `<parameter>/residual` beside bf16
-            weights, `<parameter>/exp_avg` and `/exp_avg_sq` under AdamW, `<parameter>/momentum` under Muon.
+        flat: the parameters.
+        state: what this rank has of tensors in the parameters' shapes, fit for a checkpoint: `<parameter>/residual`
+            beside bf16 weights, `<parameter>/exp_avg` and `/exp_avg_sq` under AdamW, `<parameter>/momentum` under Muon;
+            by parameter, in their order. Of experts, shapes and starts are those of this rank's.
     """
 
     def __init__(self, flat: FlatParameters[GroupSettings], config: OptimConfig, ops: Ops) -> None:
-        self.config, self.ops, self.parameters = config, ops, flat.parameters
+        self.config, self.ops, self.flat = config, ops, flat
         self._groups = [_Group(group) for group in flat.groups]
         n_rows = sum(group.n_rows for group in self._groups)
         self._scalars = torch.full((n_rows, 3), torch.nan, device=flat.groups[0].weight.device)
-        held = {name: views for group in self._groups for name, views in group.state().items()}
-        self.state = {f"{name}/{kind}": view for name in self.parameters for kind, view in held[name].items()}
+        held = {name: pieces for group in self._groups for name, pieces in group.state().items()}
+        self.state = {name: held[name] for name in flat.parameters}
 
     def set_step(self, *, step: int, lr_factor: float) -> None:
         """Tells the device which update comes next. The host does not wait, and earlier updates keep their own numbers.
@@ -136,29 +111,38 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, gradients: Gradients, *, grad_scale: torch.Tensor, ok: torch.Tensor) -> None:
-        """One update of every parameter, with the numbers of the last `set_step`.
+        """One update of every parameter, with the numbers of the last `set_step`. All ranks make it together.
 
         Args:
             gradients: of the parameters; left as they are.
-            grad_scale: scalar on the device that multiplies every gradient.
-            ok: int32 scalar on the device; 0: weights and state keep their bits, whatever the gradients hold.
+            grad_scale: scalar on the device that multiplies every gradient; the same on all ranks.
+            ok: int32 scalar on the device; 0: weights and state keep their bits, whatever the gradients hold. The same
+                on all ranks.
         """
         row = 0
-        for group, grad in zip(self._groups, gradients.buffers, strict=True):
+        for group, grad in zip(self._groups, gradients.sums, strict=True):
             rows = self._scalars[row : row + group.n_rows]
             row += group.n_rows
             if group.settings.kind == "muon":
                 self._muon(group, grad, grad_scale, ok, rows)
-                continue
+            else:
+                self._adamw(group, grad, grad_scale, ok, rows[0])
+            group.flat.gather_weights()
+
+    def _adamw(
+        self, group: "_Group", grad: torch.Tensor, grad_scale: torch.Tensor, ok: torch.Tensor, scalars: torch.Tensor
+    ) -> None:
+        for span in group.flat.layout.spans():
+            here = slice(span.at, span.at + span.size)
             self.ops.adamw_(
-                group.weight,
-                group.residual,
-                grad,
-                group.moments["exp_avg"],
-                group.moments["exp_avg_sq"],
+                group.flat.weight[span.start : span.start + span.size],
+                None if group.residual is None else group.residual[here],
+                grad[here],
+                group.moments["exp_avg"][here],
+                group.moments["exp_avg_sq"][here],
                 grad_scale,
                 ok,
-                rows[0],
+                scalars,
                 beta1=self.config.beta1,
                 beta2=group.settings.beta2,
                 eps=self.config.eps,
@@ -173,25 +157,38 @@ class Optimizer:
             ahead = ops.muon_momentum_(batch.view(grad), momentum, grad_scale, ok, beta=config.muon_momentum)
             update = ops.newton_schulz(ahead, steps=config.muon_steps)
             residual = None if group.residual is None else batch.view(group.residual)
-            ops.muon_apply_(batch.view(group.weight), residual, update, ok, row[:2])
+            for run in weight_runs(group.flat, batch):
+                rest = None if residual is None else residual[run.matrices]
+                ops.muon_apply_(run.weight, rest, update[run.matrices], ok, row[:2])
 
 
 class _Group:
-    """The buffers of a group, and the numbers of its next update: a row for AdamW, one for each of Muon's batches."""
+    """The shards of a group, and the numbers of its next update: a row for AdamW, one for each of Muon's batches."""
 
     def __init__(self, flat: FlatGroup[GroupSettings]) -> None:
-        self.settings, self.weight, self._flat = flat.key, flat.weight, flat
-        self.residual = flat.zeros(torch.int16) if flat.dtype == torch.bfloat16 else None
+        self.settings, self.flat = flat.key, flat
+        self.residual = flat.shard_zeros(torch.int16) if flat.dtype == torch.bfloat16 else None
         kinds = ("exp_avg", "exp_avg_sq") if flat.key.kind == "adamw" else ("momentum",)
         wide = torch.promote_types(flat.dtype, torch.float32)
-        self.moments = {kind: flat.zeros(wide) for kind in kinds}
+        self.moments = {kind: flat.shard_zeros(wide) for kind in kinds}
         self.batches = muon_batches(flat) if flat.key.kind == "muon" else []
-        self.n_rows = len(self.batches) or 1
 
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """By parameter and kind."""
-        buffers = self.moments if self.residual is None else {"residual": self.residual, **self.moments}
-        return {name: {kind: self._flat.view(b, name) for kind, b in buffers.items()} for name in self._flat.shapes}
+    @property
+    def n_rows(self) -> int:
+        """Rows of `scalars`."""
+        return 1 if self.settings.kind == "adamw" else len(self.batches)
+
+    def state(self) -> dict[str, list[TensorPiece]]:
+        """By parameter."""
+        shards = self.moments if self.residual is None else {"residual": self.residual, **self.moments}
+        return {
+            name: [
+                TensorPiece(f"{name}/{kind}", tuple(shape), first, part)
+                for kind, shard in shards.items()
+                for first, part in self.flat.parts(shard, name) or [(0, shard[:0])]  # nothing here, of a known tensor
+            ]
+            for name, shape in self.flat.shapes.items()
+        }
 
     def scalars(self, config: OptimConfig, step: int, lr_factor: float) -> list[tuple[float, float, float]]:
         """The numbers of an update, in double precision, three a row."""

@@ -82,6 +82,8 @@ class OptimConfig(Section):
     """Newton-Schulz iterations."""
     clip_grad_norm: Annotated[PositiveFloat | None, "identity"] = 1.0
     """Global gradient norm above which gradients are scaled down; absent: never."""
+    reduce_scatter_chunk_mb: PositiveInt = 64
+    """MiB of fp32 gradients that ranks sum at once: more keep links busier, fewer take less memory."""
 
 
 class ScheduleConfig(Section):
@@ -127,11 +129,12 @@ class RuntimeConfig(Section):
     """`native`: the kernels for the GPU at hand. `reference`: PyTorch on any device, only when asked for."""
     seed: Annotated[NonNegativeInt, "identity"] = 0
     world_size: PositiveInt = 1
-    """Ranks, one a GPU."""
+    """Ranks, one process each: on GPUs one a GPU, all of one host."""
     cuda_graph: bool | None = None
     """Steps are captured in CUDA graphs: the same bits in less of the host's time. Absent: with native kernels, yes."""
     threads: PositiveInt | None = None
-    """CPU threads of a rank; absent: PyTorch's choice. Bit-equal resume needs the same number."""
+    """CPU threads of a rank; absent: PyTorch's choice for one rank, and of W ranks each the machine's cores over W (at
+    least 1), unless `OMP_NUM_THREADS` is set. Bit-equal resume needs the same number."""
 
     @property
     def uses_cuda_graph(self) -> bool:
@@ -163,9 +166,11 @@ class TrainingConfig(Section):
         if self.model.mtp_depth >= self.train.seq_len:
             problems.append(f"model.mtp_depth = {self.model.mtp_depth} leaves nothing of train.seq_len")
         if self.model.n_routed_experts is not None and self.model.n_routed_experts % ranks:
-            problems.append(f"model.n_routed_experts = {self.model.n_routed_experts} do not divide among {ranks} ranks")
-        if ranks > 1 and self.rdep.transport == "local":
-            problems.append(f"rdep.transport = 'local' serves one rank, runtime.world_size is {ranks}: use 'ipc'")
+            problems.append(
+                f"model.n_routed_experts = {self.model.n_routed_experts} do not divide among runtime.world_size = "
+                f"{ranks} ranks"
+            )
+        problems += self.rdep.problems(ranks, self.runtime.device)
         problems += self._layers_problems()
         if self.runtime.kernels == "native" and self.runtime.precision != "bf16":
             problems.append(
@@ -173,6 +178,16 @@ class TrainingConfig(Section):
             )
         if self.runtime.device == "cpu" and self.runtime.kernels == "native":
             problems.append("runtime.device = 'cpu' has reference kernels only: runtime.kernels = 'reference'")
+        if (
+            ranks > 1
+            and self.runtime.device == "cuda"
+            and self.runtime.kernels == "reference"
+            and self.model.n_routed_experts
+        ):
+            problems.append(
+                f"runtime.world_size = {ranks} on GPUs needs native kernels, which move the rows: runtime.kernels = "
+                "'native', or one rank"
+            )
         if self.runtime.kernels == "reference" and self.runtime.cuda_graph:
             problems.append(
                 "runtime.cuda_graph = true needs kernels that leave counts on the GPU: runtime.kernels = 'native', or "

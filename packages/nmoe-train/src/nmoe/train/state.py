@@ -1,14 +1,15 @@
 """The training state as one object that saves and restores itself: weights, optimizer, progress, random generators."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nmoe.kernels.reference.master import load_master, store_master
+from nmoe.kernels.reference.master import load_master, split_master
 from nmoe.model.checkpoint import TensorFolder
+from nmoe.model.tensor_pieces import TensorPiece, whole_pieces
 from nmoe.model.transformer import Transformer
-from nmoe.model.weights import DOCUMENT, PREFIX, config_document, copy_weights
+from nmoe.model.weights import DOCUMENT, PREFIX, config_document, fill_pieces
 from nmoe.train.errors import IdentityMismatchError
 from nmoe.train.optim import Optimizer
 
@@ -30,14 +31,17 @@ class TrainState:
     cursor: int = 0
     """Global samples consumed."""
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor to save, on its device."""
-        tensors = {PREFIX + name: tensor for name, tensor in self.model.state().items()}
-        tensors |= {OPTIMIZER + name: tensor for name, tensor in self.optimizer.state.items()}
-        tensors[RNG + "cpu"] = torch.get_rng_state()
-        if self._device.type == "cuda":
-            tensors[RNG + "cuda"] = torch.cuda.get_rng_state(self._device)
-        return tensors
+    def pieces(self) -> list[TensorPiece]:
+        """What this rank saves, on its device; all ranks together save every element of every tensor once. Of weights
+        it is what the rank updates; what no update is divided for, and is the same on all ranks, is rank 0's."""
+        pieces = [replace(piece, name=PREFIX + piece.name) for piece in self._own_weights()]
+        pieces += [replace(piece, name=OPTIMIZER + piece.name) for piece in self._optimizer_pieces()]
+        if self.optimizer.flat.world.rank == 0:
+            generators = {"cpu": torch.get_rng_state()}
+            if self._device.type == "cuda":
+                generators["cuda"] = torch.cuda.get_rng_state(self._device)
+            pieces += whole_pieces(generators, RNG)
+        return pieces
 
     def documents(self) -> dict[str, Any]:
         """What is saved beside the tensors."""
@@ -49,20 +53,21 @@ class TrainState:
         }
 
     def restore(self, folder: TensorFolder) -> None:
-        """Continues from a checkpoint of the same run.
+        """Continues from a checkpoint of the same run, made by any number of ranks.
 
         Raises:
             IdentityMismatchError: the checkpoint was made under other settings or data; lists each, old and new.
         """
         check_identity(folder.document("identity"), self.identity)
-        copy_weights(folder, PREFIX, self.model.state())
-        copy_weights(folder, OPTIMIZER, self.optimizer.state)
+        fill_pieces(folder, PREFIX, self.model.pieces())
+        fill_pieces(folder, OPTIMIZER, self._optimizer_pieces())
         torch.set_rng_state(folder.tensor(RNG + "cpu"))
         if self._device.type == "cuda":
             torch.cuda.set_rng_state(folder.tensor(RNG + "cuda"), self._device)
         progress = folder.document("progress")
         self.step, self.cursor = progress["step"], progress["cursor"]
 
+    @torch.no_grad()
     def start_from(self, folder: TensorFolder) -> None:
         """Takes another run's weights (and nothing else) as the start. Masters stay exact whatever the precisions: from
         bf16 with residuals to fp32 and back.
@@ -70,16 +75,45 @@ class TrainState:
         Raises:
             WeightsMismatchError: the weights are not of this model's shape.
         """
-        copy_weights(folder, PREFIX, self.model.state())
+        fill_pieces(folder, PREFIX, self.model.pieces())
         saved_names = set(folder.names)
-        for name, parameter in self.optimizer.parameters.items():
-            residual = self.optimizer.state.get(f"{name}/residual")
-            saved_name = f"{OPTIMIZER}{name}/residual"
-            saved_residual = folder.tensor(saved_name) if saved_name in saved_names else None
-            if residual is None and saved_residual is None:
+        for whole in self.model.pieces():
+            residuals = [
+                piece for piece in self.optimizer.state.get(whole.name, ()) if piece.name.endswith("/residual")
+            ]
+            saved_name = f"{OPTIMIZER}{whole.name}/residual"
+            if not residuals and saved_name not in saved_names:
                 continue  # the weight is its own master, and has been copied
-            master = load_master(folder.tensor(PREFIX + name), saved_residual).float()
-            store_master(master, parameter.data, residual)
+            here = whole.start, whole.stop
+            saved_residual = folder.read_range(saved_name, *here) if saved_name in saved_names else None
+            master = load_master(folder.read_range(PREFIX + whole.name, *here), saved_residual).float()
+            weight, rest = split_master(master) if residuals else (master, master)
+            whole.tensor.copy_(weight.view(whole.tensor.shape))
+            for piece in residuals:
+                piece.tensor.copy_(rest[piece.start : piece.stop].view(piece.tensor.shape))
+
+    def _own_weights(self) -> Iterator[TensorPiece]:
+        """Of the model's tensors what this rank saves."""
+        flat = self.optimizer.flat
+        for piece in self.model.pieces():
+            if piece.name not in flat.parameters:
+                if flat.world.rank == 0:
+                    yield piece
+                continue
+            elements = piece.tensor.detach().view(-1)
+            for span in flat.parts(piece.name):
+                whole = span.size == len(elements)
+                part = piece.tensor if whole else elements[span.start : span.start + span.size]
+                yield replace(piece, start=piece.start + span.start, tensor=part)
+
+    def _optimizer_pieces(self) -> list[TensorPiece]:
+        """The optimizer's state, in which experts stand by their global ids."""
+        whole = {piece.name: piece for piece in self.model.pieces()}
+        return [
+            replace(piece, shape=whole[name].shape, start=whole[name].start + piece.start)
+            for name, pieces in self.optimizer.state.items()
+            for piece in pieces
+        ]
 
     @property
     def _device(self) -> torch.device:

@@ -4,23 +4,26 @@ On a GPU the step is captured in CUDA graphs, three of them: the first micro-bat
 step's; a later one, whose gradients are added, replayed for each; and the update. All that changes from step to step
 lies in device memory before they run: tokens, learning rates, and `ok`.
 
-`ok` is an int32 word, 1 until a loss or the gradient's norm is not finite and 0 ever after. The update asks it on the
-device and then changes nothing; the host, which learns of it later, finds the state as the last good step left it.
+`ok` is an int32 word, the same on all ranks, 1 until a loss or the gradient's norm is not finite or something goes
+wrong between ranks, and 0 ever after. The update asks it on the device and then changes nothing; the host, which learns
+of it later, finds the state as the last good step left it.
 
-Shapes: B micro-batch, S sequence, N all sequences of a step.
+Shapes: B micro-batch, S sequence, N this rank's sequences of a step.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from nmoe.model.transformer import Transformer
+from nmoe.rdep.transport import Transport
 from nmoe.train.clock import Moment
+from nmoe.train.figures import FigureBoard, StepFigures
 from nmoe.train.gradients import Gradients, clip_factor
 from nmoe.train.graphs import StepGraphs
-from nmoe.train.health import health_tags, router_figures
 from nmoe.train.optim import Optimizer
 from nmoe.train.schedule import lr_factor
 from nmoe.train.schema import TrainingConfig
@@ -28,90 +31,79 @@ from nmoe.train.schema import TrainingConfig
 Range = Callable[[str], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
-class StepFigures:
-    """What a step gave."""
-
-    losses: tuple[tuple[float, float], ...]
-    """Of each micro-batch its share of the next-token loss and of the total loss, nats a token."""
-    grad_norm: float
-    health: dict[str, float]
-    """See `nmoe.train.health`."""
-
-    @property
-    def loss(self) -> float:
-        """Next-token loss of the global batch, nats a token."""
-        return sum(next_token for next_token, _ in self.losses)
-
-    @property
-    def total_loss(self) -> float:
-        """What was differentiated."""
-        return sum(total for _, total in self.losses)
-
-
 class LaunchedStep:
     """A step that the device has been told to make."""
 
-    def __init__(
-        self, step: int, cursor: int, sample_NS1: torch.Tensor, lr_factor: float, figures: torch.Tensor, n_losses: int
-    ) -> None:
+    def __init__(self, step: int, cursor: int, sample_NS1: torch.Tensor, lr_factor: float, board: FigureBoard) -> None:
         self.step, self.cursor, self.sample_NS1, self.lr_factor = step, cursor, sample_NS1, lr_factor
-        self._n_losses = n_losses
-        self._figures = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=figures.is_cuda)
-        self._figures.copy_(figures, non_blocking=True)
-        self.ended = Moment(figures.device)
+        self._board = board
+        self._figures = torch.empty(board.told.shape, dtype=board.told.dtype, pin_memory=board.told.is_cuda)
+        self._figures.copy_(board.told, non_blocking=True)
+        self.ended = Moment(board.told.device)
 
-    def wait(self, model: Transformer) -> StepFigures:
+    def wait(self) -> StepFigures:
         """Returns once the step has been made, without waiting for what the device was told later."""
         self.ended.wait()
-        values = self._figures.tolist()
-        flat, rest = values[: 2 * self._n_losses], values[2 * self._n_losses :]
-        losses = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return StepFigures(losses, rest[0], health_tags(model, rest[1:]))
+        return self._board.read(self._figures.tolist())
 
 
 class TrainStep:
-    """Makes steps of one model. On a GPU all of it must happen on one stream that is not the default one."""
+    """Makes steps of one model, all ranks together. On a GPU all of it must happen on one stream that is not the
+    default one."""
 
     def __init__(
-        self, model: Transformer, gradients: Gradients, optimizer: Optimizer, config: TrainingConfig, *, graph: bool
+        self,
+        model: Transformer,
+        gradients: Gradients,
+        optimizer: Optimizer,
+        config: TrainingConfig,
+        transport: Transport,
+        *,
+        graph: bool,
     ) -> None:
         self.model, self.gradients, self.optimizer, self.config = model, gradients, optimizer, config
+        self._world = transport.world
         device, train = model.head.weight.device, config.train
-        self._n_micro = train.batch_size // train.micro_batch_size
         self._token_BS1 = torch.zeros(train.micro_batch_size, train.seq_len + 1, dtype=torch.int64, device=device)
         self._loss_2 = torch.zeros(2, device=device)
-        self._figures = torch.zeros(2 * self._n_micro + 1 + router_figures(model).numel(), device=device)
+        n_micro = train.batch_size // (train.micro_batch_size * self._world.size)
+        self._board = FigureBoard(model, n_micro, self._world, transport.faults.healthy)
         self._ok = torch.ones((), dtype=torch.int32, device=device)
         self._graphs = StepGraphs() if graph else None
 
-    def launch(self, step: int, cursor: int, sample_NS1: torch.Tensor, within: Range) -> LaunchedStep:
+    def launch(
+        self, step: int, cursor: int, sample_NS1: torch.Tensor, within: Range, *, signal: int | None = None
+    ) -> LaunchedStep:
         """Tells the device to make a step.
 
         Args:
             step: its number, from 1.
-            cursor: global index of its first sample.
-            sample_NS1: the global batch's samples of S + 1 tokens, in host memory.
+            cursor: global index of the global batch's first sample.
+            sample_NS1: this rank's samples of S + 1 tokens, in host memory: its micro-batches one after the other.
             within: names a part of the step in a trace; within a captured piece, only while it is captured.
+            signal: the number of a signal that this rank has got, for all ranks to learn.
         """
         if self._token_BS1.is_cuda:
             sample_NS1 = sample_NS1.pin_memory()
         factor = lr_factor(self.config.schedule, step, self.config.tokens_per_step)
         self.optimizer.set_step(step=step, lr_factor=factor)
+        self._board.begin(signal)
         self._accumulate(sample_NS1, within)
         with within("update"):
             self._run("update", self._update)
         if self._graphs is not None:
             self._graphs.warm()
             self.gradients.replayed()
-        return LaunchedStep(step, cursor, sample_NS1, factor, self._figures, self._n_micro)
+        return LaunchedStep(step, cursor, sample_NS1, factor, self._board)
 
     def not_finite(self, launched: LaunchedStep) -> list[str]:
         """Names of the parameters whose gradients a refused step made NaN or infinite: they are computed again, from
-        the weights that it left untouched."""
+        the weights that it left untouched. All ranks compute and tell them together."""
         self.release()
         self._accumulate(launched.sample_NS1, nullcontext)
-        return self.gradients.not_finite()
+        names = json.dumps(self.gradients.not_finite()).encode()
+        told = self._world.share(f"not finite in step {launched.step}", names)
+        return list(dict.fromkeys(name for of_rank in told for name in json.loads(of_rank)))
 
     @contextmanager
     def memory(self) -> Iterator[None]:
@@ -128,24 +120,23 @@ class TrainStep:
         self.gradients.zero()
         for i, micro_batch in enumerate(sample_NS1.split(self.config.train.micro_batch_size)):
             self._token_BS1.copy_(micro_batch, non_blocking=True)
+            first = i == 0
             with within("gradients"):
-                self._run("first" if i == 0 else "later", lambda: self._differentiate(within))
-            self._figures[2 * i : 2 * i + 2].copy_(self._loss_2)
+                self._run("first" if first else "later", partial(self._differentiate, within, first=first))
+            self._board.put_losses(i, self._loss_2)
 
-    def _differentiate(self, within: Range) -> None:
+    def _differentiate(self, within: Range, *, first: bool) -> None:
         with within("forward"):
             loss = self.model.training_loss(
                 self._token_BS1, self.config.tokens_per_step, recompute=self.config.recomputed_layers
             )
         with within("backward"):
             loss.total.backward()
+        self.gradients.reduce(first=first)
         self._loss_2.copy_(torch.stack((loss.next_token, loss.total.detach())))
 
     def _update(self) -> None:
-        norm = self.gradients.norm()
-        self._figures[2 * self._n_micro].copy_(norm)
-        self._ok.mul_(torch.isfinite(self._figures[: 2 * self._n_micro + 1]).all())
-        self._figures[2 * self._n_micro + 1 :].copy_(router_figures(self.model).flatten())
+        norm = self._board.exchange(self.gradients.norm(), self._ok)
         scale = clip_factor(norm, self.config.optim.clip_grad_norm)
         self.optimizer.step(self.gradients, grad_scale=scale, ok=self._ok)
         for _, router in self.model.routers():
