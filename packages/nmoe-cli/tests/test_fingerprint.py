@@ -77,7 +77,7 @@ def test_every_field_is_one_or_the_other(config_file):
     identity, operational = identity_fields(config), operational_fields(config)
     assert not identity.keys() & operational.keys()
     assert {"model.yarn.factor", "model.dim", "runtime.device"} <= identity.keys()
-    assert {"train.steps", "eval.tasks", "rdep.transport"} <= operational.keys()
+    assert {"train.steps", "eval.tasks", "rdep.timeout_s", "optim.reduce_scatter_chunk_mb"} <= operational.keys()
 
 
 def test_a_diff_gives_old_and_new_value_and_none_for_unset():

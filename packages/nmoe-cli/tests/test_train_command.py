@@ -244,15 +244,6 @@ def test_a_malformed_profile_is_refused_before_anything_is_made(n, small, data_r
     assert not (data_root / "runs").exists()
 
 
-def test_ranks_that_this_version_cannot_run_are_refused(n, small, prepared):
-    outcome = n(
-        "train", small, "--set", f"data.path={prepared}", *FAST, "--set", "runtime.world_size=2",
-        "--set", "rdep.transport=ipc",
-    )  # fmt: skip
-    assert outcome.code == 5
-    assert "runtime.world_size=1" in outcome.err
-
-
 def test_data_of_another_tokenizer_are_refused(n, small, prepared):
     outcome = n("train", small, "--set", f"data.path={prepared}", *FAST, "--set", "model.vocab_size=100")
     assert outcome.code == 3

@@ -1,10 +1,14 @@
 """The `n` command: finds the command, passes it its process, turns what happens into an exit code."""
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 from nmoe.cli.commands.data_info import info
@@ -21,6 +25,7 @@ from nmoe.cli.console import make_console, print_line
 from nmoe.cli.context import Context
 from nmoe.cli.errors import ExitCode
 from nmoe.cli.exit_codes import exit_code_of
+from nmoe.cli.place import is_rank
 from rich.text import Text
 
 _HELP = "Train, evaluate, generate from, import and export Mixture-of-Experts language models."
@@ -31,6 +36,7 @@ _EXIT_CODES = """Exit codes:
     3  missing, damaged or mismatched data or checkpoint
     4  loss or gradient not finite
     5  the machine lacks something: GPU, memory, disk
+    6  of one rank: another failed first, or did not come
   130  stopped by SIGINT
   143  stopped by SIGTERM"""
 _PIPE_CLOSED = 141  # 128 + SIGPIPE, as a program that the signal ends
@@ -93,6 +99,10 @@ def run(arguments: Sequence[str], context: Context) -> int:
 
 def main() -> None:
     """Entry point of `n`: the only place that reads the process's arguments, environment and streams."""
+    rank = is_rank(os.environ)
+    if rank:
+        # Rank processes wait for one another in calls that Python's own handler would not interrupt.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a mark, and nothing fails
@@ -110,7 +120,22 @@ def main() -> None:
         # What is still buffered would fail again at exit: let it go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _PIPE_CLOSED
+    except Exception:
+        if not rank:
+            raise
+        traceback.print_exc()
+        code = ExitCode.BUG
+    if rank and code != ExitCode.OK:
+        _leave(code)
     sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends a rank without the interpreter's tidying up, in which a process group may wait for ranks that are gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def _print_error(context: Context, text: str) -> None:

@@ -1,5 +1,6 @@
 """What a command gets of the process that it runs in: read once, in `main`."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ class Context:
     """Standard error."""
     command: str = "n"
     """How a person types `n` here, for the commands that are suggested."""
+    program: tuple[str, ...] = (sys.executable, "-m", "nmoe.cli")
+    """How a process of `n` is started: each rank of a run is one."""
 
 
 Injected: TypeAlias = Annotated[Context, Parameter(parse=False)]

@@ -35,6 +35,7 @@ def print_dry_run(console: Console, loaded: LoadedConfig) -> None:
         ("  optimizer", format_bytes(need.optimizer)),
         ("  activations", format_bytes(need.activations)),
         ("  workspace", format_bytes(need.workspace)),
+        *([("  slabs", format_bytes(need.slabs))] if need.slabs else []),
         ("  in all", format_bytes(need.total)),
     ]
     if config.recomputed_layers:

@@ -21,6 +21,8 @@ class ExitCode(IntEnum):
     """The loss or a gradient was not finite; the weights are those before that step."""
     ENVIRONMENT = 5
     """The machine lacks what was asked for: GPU, driver, memory, disk."""
+    PEER = 6
+    """Of one rank among several: another failed, or did not come; what that one said is the reason."""
     INTERRUPTED = 130
     """Stopped by SIGINT (Ctrl-C)."""
     TERMINATED = 143

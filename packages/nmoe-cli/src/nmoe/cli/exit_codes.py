@@ -27,6 +27,8 @@ _CODES = {
     "nmoe.train.errors.ExperimentsVersionError": ExitCode.ENVIRONMENT,
     "nmoe.eval.errors.EvalError": ExitCode.DATA,
     "nmoe.rdep.errors.RdepError": ExitCode.ENVIRONMENT,
+    "nmoe.rdep.errors.PeerTimeoutError": ExitCode.PEER,
+    "nmoe.rdep.errors.WorldError": ExitCode.PEER,
     "nmoe.kernels.errors.KernelError": ExitCode.ENVIRONMENT,
     "sqlite3.OperationalError": ExitCode.ENVIRONMENT,
     "torch.OutOfMemoryError": ExitCode.ENVIRONMENT,

@@ -12,7 +12,7 @@ _GAP_S = 5.0
 
 class RecordingReporter:
     """Shows everything through another reporter; every few seconds, and with each checkpoint, the database learns the
-    step and its loss, so that `n runs` follows a run."""
+    step and its loss, and what each evaluation gave, so that `n runs` follows a run."""
 
     def __init__(self, shown: Reporter, experiments: Experiments) -> None:
         self._shown, self._experiments = shown, experiments
@@ -33,6 +33,7 @@ class RecordingReporter:
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """An evaluation ended."""
+        self._experiments.update(self._run_id, val_loss=values.get("val/loss"), val_bpb=values.get("val/bpb"))
         self._shown.evaluation(step, values)
 
     def checkpoint(self, step: int, path: Path) -> None:

@@ -61,6 +61,28 @@ def _values(step: int, values: Mapping[str, float]) -> str:
     return f"step {step}: " + "  ".join(f"{tag} {value:.4f}" for tag, value in values.items())
 
 
+class NullReporter:
+    """Says nothing: every rank but the first has one."""
+
+    def start(self, run: RunStart) -> None:
+        """Nothing."""
+
+    def step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class LogReporter:
     """Plain lines without control characters, ever further apart.
 

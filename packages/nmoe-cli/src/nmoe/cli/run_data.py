@@ -31,7 +31,9 @@ class RunData:
     """None: nothing is validated."""
 
 
-def open_run_data(data: DataConfig, vocab_size: int, data_root: Path, console: Console) -> RunData:
+def open_run_data(
+    data: DataConfig, vocab_size: int, data_root: Path, console: Console, *, verify: bool = True
+) -> RunData:
     """Opens the data of a run; a built-in corpus is prepared on first use, and that is said.
 
     Sets of up to `CHECKSUM_LIMIT` bytes are compared with their checksums; of a larger one only the files' sizes are,
@@ -42,6 +44,7 @@ def open_run_data(data: DataConfig, vocab_size: int, data_root: Path, console: C
         vocab_size: ids that the model knows.
         data_root: where built-in corpora are kept.
         console: where to say what is prepared, and what is not checked.
+        verify: False where another process of this run compares checksums.
 
     Raises:
         UsageError: the section names no data.
@@ -49,7 +52,7 @@ def open_run_data(data: DataConfig, vocab_size: int, data_root: Path, console: C
     """
     tokenizer = load_tokenizer(data.tokenizer)
     train, val = _folders(data, tokenizer, data_root, console)
-    sets = [None if folder is None else _open(folder, console) for folder in (train, val)]
+    sets = [None if folder is None else _open(folder, console, verify) for folder in (train, val)]
     for shards in sets:
         if shards is not None:
             check_tokenizer(shards, tokenizer)
@@ -63,7 +66,9 @@ def validation_set(shards: ShardSet, seq_len: int, batch: int) -> ValidationSet:
     return ValidationSet(lambda: validation_batches(shards, seq_len, batch), shards.n_tokens, shards.n_bytes)
 
 
-def _open(folder: Path, console: Console) -> ShardSet:
+def _open(folder: Path, console: Console, verify: bool) -> ShardSet:
+    if not verify:
+        return ShardSet.open(folder, verify="size")
     shards = read_manifest(folder).shards
     size = sum(record.bytes for shard in shards for record in (shard.tokens, shard.index))
     if size <= CHECKSUM_LIMIT:
