@@ -2,7 +2,6 @@
 what is said when something is wrong. The same scripts run on CPUs over shared memory and on GPUs over NVLink."""
 
 import pytest
-from nmoe.rdep.expert_parallel import row_capacity
 
 SCRIPT = "expert_parallel_ranks.py"
 ON = [
@@ -30,12 +29,3 @@ def test_a_dead_peer_is_named(ranks, size: int, device: str) -> None:
 @pytest.mark.parametrize(("size", "device"), ON)
 def test_ten_thousand_exchanges_find_no_mismatch(ranks, size: int, device: str) -> None:
     ranks.run_ranks(SCRIPT, size, device, "stress10000", timeout_s=900)
-
-
-@pytest.mark.parametrize(
-    ("factor", "expected"),
-    [(1.0, 512), (1.01, 768), (2.0, 1024), (100.0, 4 * 128 * 2), (0.001, 256)],
-)
-def test_capacity(factor: float, expected: int) -> None:
-    """Whole blocks of 256 rows, and at most every token to all of this rank's experts."""
-    assert row_capacity(factor, max_tokens=128, top_k=4, n_local=2, world=4) == expected

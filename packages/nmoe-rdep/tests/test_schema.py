@@ -62,3 +62,10 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(nmoe.rdep, name) is not None for name in nmoe.rdep.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         nmoe.rdep.nonsense
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, 512), (1.01, 768), (2.0, 1024), (4.0, 1024), (None, 1024)])
+def test_capacity(factor: float | None, expected: int) -> None:
+    """Whole blocks of 256 rows, and at most every token to all of this rank's experts."""
+    config = RdepConfig(capacity_factor=factor)
+    assert config.row_capacity(tokens=128, top_k=4, n_local=2, world_size=4) == expected

@@ -21,6 +21,7 @@ _CODES = {
     "nmoe.model.errors.FolderExistsError": ExitCode.USAGE,
     "nmoe.train.errors.TrainError": ExitCode.USAGE,
     "nmoe.train.errors.NonFiniteError": ExitCode.DIVERGED,
+    "nmoe.train.errors.PeerFaultError": ExitCode.PEER,
     "nmoe.train.errors.RefusedCheckpointError": ExitCode.DATA,
     "nmoe.train.errors.MetricsError": ExitCode.DATA,
     "nmoe.train.errors.CheckpointWriteError": ExitCode.ENVIRONMENT,

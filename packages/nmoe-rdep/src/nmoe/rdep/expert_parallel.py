@@ -5,7 +5,6 @@ ranks, N most tokens of a rank, R most routed rows.
 """
 
 from collections.abc import Callable
-from math import ceil
 from typing import Any
 
 import torch
@@ -20,9 +19,6 @@ from nmoe.rdep.symmetric import SymmetricMemory
 from nmoe.rdep.transport import Beside, ExpertLayer
 from nmoe.rdep.world import World
 from torch.autograd.function import once_differentiable
-
-_ROWS = 256
-"""Capacities are multiples of this."""
 
 
 class ExpertParallel:
@@ -41,7 +37,7 @@ class ExpertParallel:
     def __init__(self, config: RdepConfig, world: World, *, max_tokens: int, dtype: torch.dtype) -> None:
         self.world = world
         self.faults = Faults(world.device, timeout_s=config.timeout_s)
-        self._factor, self._max_tokens, self._dtype = config.capacity_factor, max_tokens, dtype
+        self._config, self._max_tokens, self._dtype = config, max_tokens, dtype
         self._memory, self._exchange = _open(config, world, self.faults)
         self._shared: tuple[tuple[int, int], Slab, Returns] | None = None
 
@@ -78,19 +74,12 @@ class ExpertParallel:
                 f"{dim} and {top_k}: give all MoE layers the same"
             )
         slab = allocate_slab(self._memory, rank, world, *sizes)
-        capacity = row_capacity(self._factor, self._max_tokens, top_k, n_local, world)
+        capacity = self._config.row_capacity(self._max_tokens, top_k, n_local, world)
         return _Layer(self._exchange, slab, gradients, returns, capacity, n_experts)
 
     def close(self) -> None:
         """See `Transport.close`. No layer may be used any more."""
         self._memory.close()
-
-
-def row_capacity(factor: float, max_tokens: int, top_k: int, n_local: int, world: int) -> int:
-    """R: rows that a rank's experts have room for: `factor` times what even routing gives, and never more than there
-    can be."""
-    most = world * max_tokens * min(top_k, n_local)
-    return min(most, ceil(factor * max_tokens * top_k / _ROWS) * _ROWS)
 
 
 def _open(config: RdepConfig, world: World, faults: Faults) -> tuple[SymmetricMemory, Exchange]:

@@ -1,8 +1,12 @@
 """The `[rdep]` section. Imports no torch."""
 
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+
+ROWS = 256
+"""Capacities are multiples of it."""
 
 TransportName = Literal["local", "ipc", "shm"]
 
@@ -15,9 +19,10 @@ class RdepConfig(BaseModel):
     transport: TransportName | None = None
     """`local`: one rank, nothing moves. `ipc`: CUDA IPC between the GPUs of a host. `shm`: shared memory between ranks
     on the CPUs of a host. Absent: the one that ranks and device need."""
-    capacity_factor: Annotated[float, Field(ge=1.0)] = 2.0
-    """Rows of scratch for this rank's experts, over the rows of even routing; as many as there are ranks always
-    suffice. More rows than that are an error that names the factor to set."""
+    capacity_factor: Annotated[float, Field(ge=1.0)] | None = None
+    """Rows of scratch for a rank's experts, over the rows of even routing. More rows than that are an error that names
+    the factor to set. Absent: room for whatever routers choose, as new ones may send every token to the same experts;
+    a smaller factor saves memory once they have learnt to spread them."""
     timeout_s: PositiveFloat = 300.0
     """Seconds that a rank waits for another before it names the one that is missing."""
 
@@ -28,6 +33,20 @@ class RdepConfig(BaseModel):
         if world_size == 1:
             return "local"
         return "ipc" if device == "cuda" else "shm"
+
+    def row_capacity(self, tokens: int, top_k: int, n_local: int, world_size: int) -> int:
+        """Most rows of a rank's experts, a multiple of `ROWS`, or as many as there can be.
+
+        Args:
+            tokens: of a rank, at most.
+            top_k: experts a token.
+            n_local: experts of a rank.
+            world_size: ranks.
+        """
+        most = world_size * tokens * min(top_k, n_local)
+        if self.capacity_factor is None:
+            return most
+        return min(most, ceil(self.capacity_factor * tokens * top_k / ROWS) * ROWS)
 
     def problems(self, world_size: int, device: Literal["cpu", "cuda"]) -> list[str]:
         """What does not go together of this section, `runtime.world_size` and `runtime.device`, in words."""

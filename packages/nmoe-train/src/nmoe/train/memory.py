@@ -5,7 +5,7 @@ micro-batch plus the largest temporaries; the comments name the tensors.
 """
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import prod
 
 from nmoe.model.count import parameter_shapes
 from nmoe.model.schema import ModelConfig
@@ -79,14 +79,13 @@ def _slabs(config: TrainingConfig) -> int:
 
 
 def routed_rows(config: TrainingConfig) -> int:
-    """Rows of this rank's experts that there is room for. One rank alone gets K rows a token; several have what
-    `rdep.capacity_factor` allows, as `nmoe.rdep.expert_parallel.row_capacity` has it."""
+    """Rows of this rank's experts that there is room for: K a token for one rank alone, of several what `[rdep]`
+    says."""
     ranks, top_k = config.runtime.world_size, config.model.n_activated_experts or 0
     tokens = config.train.micro_batch_size * config.train.seq_len
     if ranks == 1:
         return tokens * top_k
-    most = ranks * tokens * min(top_k, (config.model.n_routed_experts or 0) // ranks)
-    return min(most, ceil(config.rdep.capacity_factor * tokens * top_k / 256) * 256)
+    return config.rdep.row_capacity(tokens, top_k, (config.model.n_routed_experts or 0) // ranks, ranks)
 
 
 def _moments(config: TrainingConfig, name: str) -> int:
