@@ -20,6 +20,7 @@ from nmoe.train.metrics import read_metrics
 
 DENSE = ("n_routed_experts = 4\nn_activated_experts = 2", "n_dense_layers = 2")
 TWO = ("--set", "runtime.world_size=2", "--set", "train.micro_batch_size=2", "--set", "eval.max_sequences=8")
+NANO = Path(__file__).parents[3] / "configs" / "nano.toml"
 LONG_S = 120
 """Till a test gives up on a process, on a machine that does other things too."""
 
@@ -187,3 +188,24 @@ def test_gpus_is_a_world_size_of_gpus(n, config_file, prepared, root, monkeypatc
     assert outcome.code == 2
     assert "--set runtime.world_size=2" in outcome.err
     assert n("train", small, "--gpus", "0").code == 2
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not NANO.is_file(), reason="the shipped configurations lie in the repository alone")
+def test_nano_learns_the_same_on_one_two_and_four_ranks(n, root):
+    """Experts, sliding windows and MTP, on the text that ships with Python: rows travel, the losses stay."""
+    curves = {}
+    for ranks in (1, 2, 4):
+        sets = [
+            "train.steps=12",
+            f"runtime.world_size={ranks}",
+            f"train.micro_batch_size={8 // ranks}",
+            "eval.tasks=[]",
+        ]
+        outcome = n("train", NANO, *(part for value in sets for part in ("--set", value)), "--run-id", f"on-{ranks}")
+        assert outcome.code == 0, outcome.err
+        curves[ranks] = losses(root, f"on-{ranks}")
+    assert len(curves[1]) == 12
+    assert curves[1][12] < curves[1][1] - 1.0
+    for ranks in (2, 4):
+        assert curves[ranks] == pytest.approx(curves[1], rel=1e-4)
