@@ -53,12 +53,6 @@ __device__ __forceinline__ float load_early(const float* from) {
   return x;
 }
 
-__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 // Two numbers into the shared memory of a block of the cluster, where `to` and `barrier` are as they are here; the
 // barrier there counts their 8 bytes once they have come.
 __device__ __forceinline__ void send(u32 to, u32 barrier, u32 block, float a, float b) {

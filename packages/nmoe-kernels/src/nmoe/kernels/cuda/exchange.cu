@@ -15,25 +15,9 @@
 // experts and gates, 0 sends rows alone, by ordinals that are known; GATES (return_rows, collect_rows): 1 carries the
 // gates' gradients too; RANKS (collect_rows): at least W, 2, 4 or 8.
 #include "link.cuh"
+#include "sm90.cuh"
 
 constexpr unsigned FULL = 0xffffffffu;
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-  return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-// From shared memory to anywhere that this GPU maps; `bytes` and both places in multiples of 16.
-__device__ __forceinline__ void bulk_store(void* to, u32 from, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all but the thread's last PENDING groups have read shared memory.
-template <int PENDING>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-}
-// Until all that the thread copied is where it belongs.
-__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -116,25 +100,6 @@ __device__ __forceinline__ void plan(const Params& p, int first, int last) {
 
 #endif  // PLAN
 
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra END;\n"
-      "bra AGAIN;\n"
-      "END:\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-               "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 // Dynamic shared memory: a row for each warp and stage. Each block has a run of tokens; its warps take them in turn.
 // Lane w of a warp sends a row to owner w.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) dispatch(const __grid_constant__ Params p) {
@@ -148,16 +113,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) dispatch(const __gri
 
   const u32 slots = shared_address(rows) + warp * STAGES * p.row_bytes, barrier = shared_address(barriers[warp]);
   if (lane == 0) {
-    for (int s = 0; s < STAGES; ++s)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8 * s) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    for (int s = 0; s < STAGES; ++s) barrier_init(barrier + 8 * s, 1);
+    barrier_init_fence();
+    fence_proxy_async();
   }
   __syncwarp();
   const int mine = (last - first - warp + WARPS - 1) / WARPS;  // tokens of this warp; none where not positive
-  auto row = [&](int i) { return p.x_TD + static_cast<long long>(first + warp + i * WARPS) * p.row_bytes; };
+  auto load = [&](int i, int slot) {
+    barrier_expect(barrier + 8 * slot, p.row_bytes);
+    bulk_load(slots + slot * p.row_bytes, p.x_TD + static_cast<long long>(first + warp + i * WARPS) * p.row_bytes,
+              p.row_bytes, barrier + 8 * slot);
+  };
   if (lane == 0) {
-    for (int i = 0; i < AHEAD && i < mine; ++i) bulk_load(slots + i * p.row_bytes, row(i), p.row_bytes, barrier + 8 * i);
+    for (int i = 0; i < AHEAD && i < mine; ++i) load(i, i);
   }
 #if PLAN
   plan(p, first, last);
@@ -175,14 +143,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) dispatch(const __gri
 #endif
     if (i + AHEAD < mine) {
       // The slot's last row left AHEAD rows ago.
-      bulk_wait_read<STAGES - AHEAD - 1>();
+      tma_store_wait<STAGES - AHEAD - 1>();
       __syncwarp();
-      const int next = (i + AHEAD) % STAGES;
-      if (lane == 0) bulk_load(slots + next * p.row_bytes, row(i + AHEAD), p.row_bytes, barrier + 8 * next);
+      if (lane == 0) load(i + AHEAD, (i + AHEAD) % STAGES);
     }
     barrier_wait(barrier + 8 * slot, i / STAGES & 1);
     if (ordinal >= 0) bulk_store(slab + static_cast<long long>(ordinal) * p.row_bytes, slots + slot * p.row_bytes, p.row_bytes);
-    bulk_commit();
+    tma_store_commit();
 #if PLAN
     for (int w = 0; w < world; ++w) {
       const int place = __shfl_sync(FULL, ordinal, w);
@@ -194,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) dispatch(const __gri
     }
 #endif
   }
-  bulk_wait();
+  bulk_store_wait();
 
   if (last_block(p.done) && threadIdx.x < world) {
 #if PLAN
@@ -234,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) return_rows(const __
     const int row = lane < p.top_k ? row_K[lane] : -1;
     const unsigned here = __ballot_sync(FULL, row >= 0);
     uint4* const slot = rows + (warp * 2 + turn) * p.row_pieces;
-    bulk_wait_read<1>();  // of what left this slot
+    tma_store_wait<1>();  // of what left this slot
     __syncwarp();
     for (int first = 0; first < p.row_pieces; first += 32 * AT_ONCE) {
       const int column = first + lane;
@@ -268,12 +235,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) return_rows(const __
                                              pack_bf16(sum[i][4], sum[i][5]), pack_bf16(sum[i][6], sum[i][7]));
       }
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_proxy_async();
     __syncwarp();
     if (lane == 0)
       bulk_store(p.returned_ND[source] + static_cast<long long>(ordinal) * p.row_pieces * 16, shared_address(slot),
                  p.row_pieces * 16);
-    bulk_commit();
+    tma_store_commit();
     turn ^= 1;
 #if GATES
     if (row >= 0) {
@@ -284,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) return_rows(const __
     }
 #endif
   }
-  bulk_wait();
+  bulk_store_wait();
   if (last_block(p.done) && threadIdx.x < world) post(p.link, RETURNED, threadIdx.x, *p.link.sequence + 1);
 }
 

@@ -27,12 +27,6 @@ struct NormBackwardParams {
 
 // --- PTX ------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void bulk_load(u32 to, const char* from, u32 bytes, u32 barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 // Volatile, so that it leaves where it stands and not where it is used.
 __device__ __forceinline__ float load_early(const float* from) {
   float x;

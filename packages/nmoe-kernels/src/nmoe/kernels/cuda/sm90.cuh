@@ -77,6 +77,13 @@ __device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 barri
       : "memory");
 }
 
+// A piece that is one run of memory; both places and `bytes` in multiples of 16.
+__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // --- copies out of shared memory ------------------------------------------------------------------------------------
 
 // What was written by the threads must be fenced first (fence_proxy_async), and must stay until the copy has read it.
@@ -99,6 +106,11 @@ __device__ __forceinline__ void tma_add(const TensorMap* map, u32 from, int x, i
                : "memory");
 }
 
+// A piece that is one run of memory, anywhere that this GPU maps; both places and `bytes` in multiples of 16.
+__device__ __forceinline__ void bulk_store(void* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+
 // Makes a group of the thread's copies since the last one.
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
@@ -107,6 +119,9 @@ template <int PENDING>
 __device__ __forceinline__ void tma_store_wait() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
+
+// Waits until all that the thread copied is where it belongs.
+__device__ __forceinline__ void bulk_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // --- copies by the threads themselves -------------------------------------------------------------------------------
 
