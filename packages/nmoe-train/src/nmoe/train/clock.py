@@ -1,6 +1,7 @@
 """Times steps and derives rates."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from nmoe.kernels.arch import device_limits
 from nmoe.model.count import flops_per_token
 from nmoe.train.schema import TrainingConfig
+
+_POLL_S = 2e-4
 
 
 class Moment:
@@ -20,10 +23,20 @@ class Moment:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))
 
-    def wait(self) -> None:
-        """Returns once it has come."""
-        if self._event is not None:
+    def wait(self, check: Callable[[], None] | None = None) -> None:
+        """Returns once it has come.
+
+        Args:
+            check: called from time to time while it has not, to raise what would keep it from coming.
+        """
+        if self._event is None:
+            return
+        if check is None:
             self._event.synchronize()
+            return
+        while not self._event.query():
+            check()
+            time.sleep(_POLL_S)
 
     def since(self, earlier: "Moment") -> float:
         """Seconds after another moment of the same device; both have come."""

@@ -58,9 +58,11 @@ class Recorder:
             self._record(self._launched.popleft())
 
     def _record(self, launched: LaunchedStep) -> None:
-        figures = launched.wait()
+        # A rank that hangs keeps the others' collectives, and so this step, from ever ending: look while waiting.
+        faults, several = self.transport.faults, self.transport.world.size > 1
+        figures = launched.wait(faults.check if several else None)
         self.clock.lap(launched.ended)
-        self.transport.faults.check()  # the cause, where there is one, comes before what it led to
+        faults.check()  # the cause, where there is one, comes before what it led to
         if figures.faulty:
             raise PeerFaultError(launched.step, figures.faulty)
         self._refuse_non_finite(launched, figures)

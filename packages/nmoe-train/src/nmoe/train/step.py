@@ -41,9 +41,9 @@ class LaunchedStep:
         self._figures.copy_(board.told, non_blocking=True)
         self.ended = Moment(board.told.device)
 
-    def wait(self) -> StepFigures:
-        """Returns once the step has been made, without waiting for what the device was told later."""
-        self.ended.wait()
+    def wait(self, check: Callable[[], None] | None = None) -> StepFigures:
+        """Returns once the step has been made, whatever the device was told later. For `check` see `Moment.wait`."""
+        self.ended.wait(check)
         return self._board.read(self._figures.tolist())
 
 
