@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 from nmoe.kernels.ops import select_ops
-from nmoe.rdep.errors import CapacityError, PeerTimeoutError
+from nmoe.rdep.errors import CapacityError, PeerTimeoutError, RdepError
 from nmoe.rdep.schema import RdepConfig
 from nmoe.rdep.transport import LocalTransport, open_transport
 
@@ -227,6 +227,35 @@ def overflow(world, on_gpu):
     enough.close()
 
 
+def refusals(world, on_gpu):
+    """What the layer was not made for is refused before anything is sent; so is a backward whose tokens are gone."""
+    setting = Setting(world, on_gpu, tokens=[7] * world.size)
+    transport = open_(setting)
+    layer = transport.layer(DIM, TOP_K, EXPERTS)
+    routing = setting.ops.route(setting.logits[world.rank], setting.bias, top_k=TOP_K)
+    x, w13, w2 = setting.x[world.rank], setting.w13[setting.mine()], setting.w2[setting.mine()]
+    more = setting.ops.route(torch.zeros(MOST + 1, EXPERTS, device=world.device), setting.bias, top_k=TOP_K)
+    for arguments, told in (
+        ((x.double(), routing, w13, w2), "found .* of torch.float64"),
+        ((x[:, :-8], routing, w13, w2), rf"tokens \(T, {DIM}\)"),
+        ((x[:5], routing, w13, w2), rf"experts \(5, {TOP_K}\)"),
+        ((x.new_zeros(MOST + 1, DIM), more, w13, w2), f"at most {MOST} tokens"),
+        ((x, routing, setting.w13.repeat(2, 1, 1, 1), w2), "contiguous w13"),
+        ((x, routing, w13, w2.transpose(1, 2).contiguous().transpose(1, 2)), "contiguous w2"),
+    ):
+        with pytest.raises(RdepError, match=told):
+            layer(setting.ops, *arguments, lambda: None)
+    out = layer(setting.ops, x, routing, w13.clone().requires_grad_(), w2, lambda: None)[0]
+    layer(setting.ops, x, routing, w13, w2, lambda: None)
+    with pytest.raises(RdepError, match="last call, number 2, found that of call 1"):
+        out.sum().backward()
+    with pytest.raises(RdepError, match=r"divide among .* found 7"):
+        transport.n_local(7)
+    transport.faults.check()
+    world.barrier()
+    transport.close()
+
+
 def dead(world, on_gpu):
     """The last rank does not come: the others name it and its phase, and do not hang."""
     setting = Setting(world, on_gpu)
@@ -249,7 +278,7 @@ def dead(world, on_gpu):
     assert 0.9 < time.monotonic() - begun < 10.0
 
 
-CASES = {"equals": equals_one_rank, "bits": same_bits, "overflow": overflow, "dead": dead}
+CASES = {"equals": equals_one_rank, "bits": same_bits, "overflow": overflow, "refusals": refusals, "dead": dead}
 
 
 def main():

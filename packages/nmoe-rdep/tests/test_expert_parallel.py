@@ -15,9 +15,10 @@ ON = [
 @pytest.mark.parametrize(("size", "device"), ON)
 def test_a_layer_of_several_ranks(ranks, size: int, device: str) -> None:
     """Outputs and all gradients are one rank's, loads are conserved, also with skew, without tokens, and in evaluation;
-    launches with random delays give the same bits; many exchanges of random sizes find no mismatch; too many rows end
-    with the factor that is then enough. In one start of the ranks, which is what takes the time."""
-    ranks.run_ranks(SCRIPT, size, device, "equals", "bits", "stress200", "overflow")
+    launches with random delays give the same bits; many exchanges of random sizes find no mismatch; what a layer was
+    not made for is refused; too many rows end with the factor that is then enough. All in one start of the ranks, which
+    is what takes the time."""
+    ranks.run_ranks(SCRIPT, size, device, "equals", "bits", "stress200", "refusals", "overflow")
 
 
 @pytest.mark.parametrize(("size", "device"), [ON[0], ON[2]])

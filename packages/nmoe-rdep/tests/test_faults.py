@@ -45,6 +45,15 @@ def test_an_overflow_says_what_would_have_sufficed(even_rows: int, over: float) 
     assert (caught.value.needed_factor - 0.01) * even_rows < needed <= caught.value.needed_factor * even_rows + 1e-6
 
 
+def test_of_several_overflows_the_worst_is_told() -> None:
+    faults = Faults(CPU, timeout_s=3)
+    for needed in (9, 30, 12):
+        faults.report_overflow(needed, 8)
+    assert faults.found
+    with pytest.raises(CapacityError, match="found 30"):
+        faults.check()
+
+
 def test_the_first_fault_is_told() -> None:
     faults = Faults(CPU, timeout_s=3)
     faults.report_timeout(1, 0)

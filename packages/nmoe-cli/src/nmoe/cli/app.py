@@ -36,7 +36,7 @@ _EXIT_CODES = """Exit codes:
     3  missing, damaged or mismatched data or checkpoint
     4  loss or gradient not finite
     5  the machine lacks something: GPU, memory, disk
-    6  of one rank: another failed first, or did not come
+    6  ranks lost one another: of one, another failed first or did not come
   130  stopped by SIGINT
   143  stopped by SIGTERM"""
 _PIPE_CLOSED = 141  # 128 + SIGPIPE, as a program that the signal ends

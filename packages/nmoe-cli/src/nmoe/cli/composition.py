@@ -1,5 +1,7 @@
 """The parts of one rank's run, held together while it trains: trainer, evaluation, sample, and the words at the end."""
 
+from itertools import takewhile
+
 from nmoe.cli.console import is_live, print_line, print_summary
 from nmoe.cli.context import Context
 from nmoe.cli.fingerprint import fingerprint
@@ -59,20 +61,16 @@ class Composition:
     def _evaluate(self, model: Transformer) -> dict[str, float]:
         assert self.data.val is not None, "there is no evaluation without a validation set"
         batches = validation_set(self.data.val, self.config.train.seq_len, self.config.train.micro_batch_size)
-        return validate(model, batches, self.config.eval.max_sequences).tags()
+        return validate(model, batches, self.config.eval.max_sequences, self.world).tags()
 
     def _draw_sample(self, model: Transformer) -> None:
         tokenizer = self.data.tokenizer
         prompt = [tokenizer.eos_id]  # the start of a document
-        ids = generate(
-            model,
-            prompt,
-            max_tokens=SAMPLE_TOKENS,
-            sampling=SAMPLE,
-            eos_id=tokenizer.eos_id,
-            n_ids=tokenizer.n_vocab,
+        # With no end of its own, so that all ranks call the model as often; what follows the text is cut off.
+        drawn = list(
+            generate(model, prompt, max_tokens=SAMPLE_TOKENS, sampling=SAMPLE, eos_id=None, n_ids=tokenizer.n_vocab)
         )
-        self.sample = tokenizer.decode(list(ids))
+        self.sample = tokenizer.decode(list(takewhile(lambda token: token != tokenizer.eos_id, drawn)))
 
     def summarise(self, outcome: Outcome) -> None:
         """Prints the curve, a sample, and where everything is."""

@@ -35,6 +35,8 @@ from nmoe.train.experiments import EndStatus, Experiments
 from nmoe.train.run_folder import RunFolder, new_run_id
 from rich.console import Console
 
+_VERIFY_S = 86_400.0
+
 
 def run_training(request: Request, context: Context) -> int:
     """Trains as requested; returns the exit code. What can be refused is refused before anything is written.
@@ -123,7 +125,8 @@ def _lead(request: Request, context: Context, world: World, place: Place | None)
 def _follow(request: Request, context: Context, world: World) -> int:
     """Any other rank: it computes what rank 0 says, and neither writes nor speaks."""
     context = _silent(context)
-    run_id, checkpoint, start_from = json.loads(world.share("run", b"")[0])
+    # Rank 0 reads all of a checkpoint first: however long that takes, whoever started the ranks sees it if it dies.
+    run_id, checkpoint, start_from = json.loads(world.share("run", b"", _VERIFY_S)[0])
     data, loader = open_loader(request.loaded.config, context, verify=False)
     run = RunFolder(context.data_root, run_id)
     inputs = Inputs(run, True, data, loader, None, parse_profile(request.profile))  # rank 0 has made the run

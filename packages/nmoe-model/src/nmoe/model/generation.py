@@ -29,7 +29,7 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(
-    model: Transformer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, eos_id: int, n_ids: int
+    model: Transformer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, eos_id: int | None, n_ids: int
 ) -> Iterator[int]:
     """Yields tokens after `prompt` until EOS (not yielded) or `max_tokens`.
 
@@ -38,7 +38,7 @@ def generate(
         prompt: token ids, at least one.
         max_tokens: bound on what is generated.
         sampling: temperature, nucleus and seed.
-        eos_id: ends the text.
+        eos_id: ends the text; None: only `max_tokens` does.
         n_ids: the tokenizer's ids; a padded vocabulary's rows beyond are never chosen.
 
     Raises:

@@ -9,11 +9,6 @@ import torch
 from nmoe.kernels.ops import Tier
 from nmoe.kernels.reference.exchange import Plan, Returns, Slab
 
-ARRIVED, RETURNED, CONSUMED = range(3)
-"""Flags between two ranks, each the number of the last exchange of which it tells: a source's rows are at their owner,
-an owner's sums are at the source, an owner has read all that it was sent."""
-WORDS = 3
-
 
 class Gradients(NamedTuple):
     """What a backward gives."""
@@ -43,6 +38,10 @@ class Exchange(Protocol):
 
     tier: Tier
     """Of the ops that it is made of."""
+
+    def problems(self, dim: int, hidden: int, top_k: int, slab_rows: int, capacity: int) -> list[str]:
+        """Why it cannot serve layers of these sizes: width, expert width, K, slab rows W·N, most rows R."""
+        ...
 
     def send(
         self, slab: Slab, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor, n_local: int

@@ -9,6 +9,9 @@ import time
 import torch
 from nmoe.kernels.ops import Tier
 from nmoe.kernels.reference.exchange import (
+    ARRIVED,
+    CONSUMED,
+    RETURNED,
     Plan,
     Returns,
     Slab,
@@ -22,7 +25,7 @@ from nmoe.kernels.reference.exchange import (
 from nmoe.kernels.reference.experts import GroupedGemms, expert_rows, expert_rows_backward
 from nmoe.kernels.reference.grouped_gemm import grouped_gemm, grouped_wgrad
 from nmoe.kernels.reference.routing import RowIndex
-from nmoe.rdep.exchange import ARRIVED, CONSUMED, RETURNED, Gradients, Kept
+from nmoe.rdep.exchange import Gradients, Kept
 from nmoe.rdep.faults import PHASES, Faults
 from nmoe.rdep.shm import post, wait
 
@@ -48,6 +51,10 @@ class CpuExchange:
         self._faults, self._timeout_s = faults, timeout_s
         self._ended = 0
         """Exchanges that have ended, the same on all ranks."""
+
+    def problems(self, dim: int, hidden: int, top_k: int, slab_rows: int, capacity: int) -> list[str]:
+        """None: PyTorch takes all sizes."""
+        return []
 
     def send(
         self, slab: Slab, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor, n_local: int

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from nmoe.kernels.native import exchange_cuda as exchange
 from nmoe.kernels.native import grouped_gemm_cuda as gemm
-from nmoe.kernels.native.experts_cuda import check_accumulators, gradient_target
-from nmoe.kernels.native.routing_cuda import RowIndex, index_slab
+from nmoe.kernels.native.experts_cuda import aligned, check_accumulators, gradient_target
+from nmoe.kernels.native.routing_cuda import MAX_TOP_K, RowIndex, index_slab
 from nmoe.kernels.ops import Tier
 from nmoe.kernels.reference.exchange import Plan, Returns, Slab
 from nmoe.rdep.exchange import Gradients, Kept
@@ -41,11 +41,23 @@ class GpuExchange:
         self._sent: tuple[torch.Tensor, ...] = ()
         """What is on its way, kept alive."""
 
+    def problems(self, dim: int, hidden: int, top_k: int, slab_rows: int, capacity: int) -> list[str]:
+        """See `Exchange.problems`: rows move in pieces of 16 bytes, and the products count them in 32 bits."""
+        rules = (
+            (dim % 8 == 0, f"a width of a multiple of 8, found {dim}"),
+            (hidden % 8 == 0, f"an expert width of a multiple of 8, found {hidden}"),
+            (1 <= top_k <= MAX_TOP_K, f"1 to {MAX_TOP_K} experts a token, found {top_k}"),
+            (slab_rows * dim < 1 << 31, f"less than 2^31 elements of all ranks' tokens, found {slab_rows} · {dim}"),
+            (slab_rows * top_k < 1 << 30, f"fewer than 2^30 routed rows of all ranks, found {slab_rows} · {top_k}"),
+            (capacity * hidden < 1 << 34, f"less than 2^34 elements of activations, found {capacity} · {hidden}"),
+        )
+        return [told for kept, told in rules if not kept]
+
     def send(
         self, slab: Slab, x_TD: torch.Tensor, expert_TK: torch.Tensor, gate_TK: torch.Tensor, n_local: int
     ) -> Plan:
         """See `Exchange.send`."""
-        x_TD, gate_TK = x_TD.contiguous(), gate_TK.contiguous()
+        x_TD, gate_TK = aligned(x_TD), gate_TK.contiguous()
         self._sent = (x_TD, gate_TK)
         plan = exchange.make_plan(self._link, expert_TK)
         with self._travelling():
@@ -82,7 +94,7 @@ class GpuExchange:
 
     def send_gradients(self, slab: Slab, gradients: Slab, plan: Plan, dout_TD: torch.Tensor) -> None:
         """See `Exchange.send_gradients`."""
-        dout_TD = dout_TD.contiguous()
+        dout_TD = aligned(dout_TD)
         self._sent = (dout_TD,)
         with self._travelling():
             exchange.dispatch_gradients(self._link, gradients, slab, dout_TD, plan)

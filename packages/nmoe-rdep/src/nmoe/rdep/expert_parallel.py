@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.ops import Ops
-from nmoe.kernels.reference.exchange import Plan, Returns, Slab
+from nmoe.kernels.reference.exchange import WORDS, Plan, Returns, Slab
 from nmoe.rdep.errors import RdepError, TransportUnavailableError
-from nmoe.rdep.exchange import WORDS, Exchange, Kept
+from nmoe.rdep.exchange import Exchange, Kept
 from nmoe.rdep.faults import Faults
 from nmoe.rdep.schema import RdepConfig
 from nmoe.rdep.slabs import allocate_returns, allocate_slab, allocate_words
@@ -79,15 +80,23 @@ class ExpertParallel:
 
     def close(self) -> None:
         """See `Transport.close`. No layer may be used any more."""
-        self._memory.close()
+        if not self.faults.found:  # else the device may wait for a rank for ever: the memory goes with the process
+            self._memory.close()
 
 
 def _open(config: RdepConfig, world: World, faults: Faults) -> tuple[SymmetricMemory, Exchange]:
     rank, words = world.rank, WORDS * world.size
     if world.device.type == "cuda":
+        from nmoe.kernels.native.grouped_gemm_cuda import ARCHES as GROUPED_ARCHES
         from nmoe.rdep.exchange_gpu import GpuExchange
         from nmoe.rdep.ipc import IpcMemory
 
+        arch = detect_arch(world.device)
+        if arch not in GROUPED_ARCHES:
+            raise TransportUnavailableError(
+                f"expected one of {', '.join(GROUPED_ARCHES)} for expert parallelism on GPUs, found {arch}: train on "
+                "one GPU, with runtime.world_size = 1"
+            )
         on_gpus = IpcMemory(world)
         return on_gpus, GpuExchange(rank, allocate_words(on_gpus, words), faults, config.timeout_s, world.device)
     from nmoe.rdep.exchange_cpu import CpuExchange
@@ -111,6 +120,7 @@ class _Layer:
     ) -> None:
         self.exchange, self.slab, self.gradients, self.returns = exchange, slab, gradients, returns
         self.capacity, self.n_experts = capacity, n_experts
+        self.calls = 0
 
     def __call__(
         self,
@@ -121,17 +131,64 @@ class _Layer:
         w2_eDF: torch.Tensor,
         beside: Callable[[], Beside],
     ) -> tuple[torch.Tensor, torch.Tensor, Beside]:
-        """See `ExpertLayer`."""
+        """See `ExpertLayer`.
+
+        Raises:
+            TransportUnavailableError: the ops are of another tier than this device's exchange.
+            RdepError: a tensor is not as the layer was made for. Nothing has been sent then.
+        """
         if ops.tier != self.exchange.tier:
             raise TransportUnavailableError(
                 f"expected {self.exchange.tier} kernels for expert parallelism on this device, found {ops.tier}: set "
                 f"runtime.kernels = '{self.exchange.tier}', or run one rank"
             )
+        self._check(x_TD, routing.expert_TK, routing.gate_TK, w13_e2FD, w2_eDF)
+        self.calls += 1
         flight = _Flight(self, keep=torch.is_grad_enabled())
         sent = _Send.apply(flight, x_TD, routing.expert_TK, routing.gate_TK, w13_e2FD, w2_eDF)
         other = beside()
         out_TD = _Finish.apply(flight, sent, w13_e2FD, w2_eDF)
         return out_TD, _load(routing.expert_TK, self.n_experts), other
+
+    def _check(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        gate_TK: torch.Tensor,
+        w13_e2FD: torch.Tensor,
+        w2_eDF: torch.Tensor,
+    ) -> None:
+        """Before anything is sent: a rank that fails later keeps the others waiting."""
+        world, most, dim = self.slab.x_WND[0].shape
+        top_k, n_local, hidden = self.slab.expert_WNK[0].shape[2], self.n_experts // world, w2_eDF.shape[-1]
+        tokens, dtype = x_TD.shape[0], self.slab.x_WND[0].dtype
+        rules = (
+            (x_TD.shape[1:] == (dim,) and x_TD.dtype == dtype, f"tokens (T, {dim}) of {dtype}", x_TD),
+            (tokens <= most, f"at most {most} tokens of a rank at once", x_TD),
+            (expert_TK.shape == (tokens, top_k), f"experts ({tokens}, {top_k})", expert_TK),
+            (gate_TK.shape == (tokens, top_k), f"gates ({tokens}, {top_k})", gate_TK),
+            (
+                w13_e2FD.shape == (n_local, 2, hidden, dim) and w13_e2FD.dtype == dtype and w13_e2FD.is_contiguous(),
+                f"contiguous w13 ({n_local}, 2, {hidden}, {dim}) of {dtype}",
+                w13_e2FD,
+            ),
+            (
+                w2_eDF.shape == (n_local, dim, hidden) and w2_eDF.dtype == dtype and w2_eDF.is_contiguous(),
+                f"contiguous w2 ({n_local}, {dim}, {hidden}) of {dtype}",
+                w2_eDF,
+            ),
+        )
+        for kept, expected, found in rules:
+            if not kept:
+                raise RdepError(
+                    f"expected {expected} for a layer of {world} ranks, found {tuple(found.shape)} of {found.dtype}: "
+                    "give the layer what it was made for"
+                )
+        problems = self.exchange.problems(dim, hidden, top_k, world * most, self.capacity)
+        if problems:
+            raise RdepError(
+                f"expected {'; '.join(problems)}: change the model, or lower train.micro_batch_size or the ranks"
+            )
 
 
 def _load(expert_TK: torch.Tensor, n_experts: int) -> torch.Tensor:
@@ -191,16 +248,21 @@ class _Finish(torch.autograd.Function):
         out_TD, kept = layer.exchange.finish(
             layer.slab, layer.returns, layer.capacity, plan, w13_e2FD, w2_eDF, keep=flight.keep
         )
-        ctx.flight = flight
+        ctx.flight, flight.plan = flight, None
         # As autograd's own, so that a layer that is to be computed again keeps none of it.
-        ctx.save_for_backward(*kept.plan, *kept.rows, kept.pre_R2F)
+        ctx.save_for_backward(torch.tensor(layer.calls), *kept.plan, *kept.rows, kept.pre_R2F)
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layer = ctx.flight.layer
-        expert_TK, ordinal_TW, *rows, pre_R2F = ctx.saved_tensors
+        call, expert_TK, ordinal_TW, *rows, pre_R2F = ctx.saved_tensors
+        if int(call) != layer.calls:
+            raise RdepError(
+                f"expected the backward of a layer's last call, number {layer.calls}, found that of call {int(call)}, "
+                "whose tokens are gone: call backward before the layer is called again"
+            )
         kept = Kept(Plan(expert_TK, ordinal_TW), tuple(rows), pre_R2F)
         layer.exchange.send_gradients(layer.slab, layer.gradients, kept.plan, grads[0])
         ctx.flight.kept = kept

@@ -36,8 +36,15 @@ class Faults:
         self._report(_TIMEOUT, rank, phase, 0, 0)
 
     def report_overflow(self, needed: int, capacity: int) -> None:
-        """On the CPU: `needed` rows came where `capacity` fit. Changes nothing if there is a fault already."""
+        """On the CPU: `needed` rows came where `capacity` fit. Of several such faults the worst is told."""
+        if int(self.record[0]) == _OVERFLOW and int(self.record[3]) < needed:
+            self.record[0] = _NONE
         self._report(_OVERFLOW, 0, 0, needed, capacity)
+
+    @property
+    def found(self) -> bool:
+        """Whether there is one."""
+        return int(self.record[0]) != _NONE
 
     def check(self) -> None:
         """Does nothing while all is well.
@@ -46,7 +53,7 @@ class Faults:
             PeerTimeoutError: a rank did not come in time.
             CapacityError: more rows came to this rank than there was room for.
         """
-        if int(self.record[0]) == _NONE:
+        if not self.found:
             return
         code, rank, phase, needed, capacity = self.record[:5].tolist()
         if code == _TIMEOUT:
@@ -55,6 +62,6 @@ class Faults:
 
     def _report(self, code: int, *found: int) -> None:
         self.healthy.zero_()
-        if int(self.record[0]) == _NONE:
+        if not self.found:
             self.record[1:5] = torch.tensor(found, dtype=torch.int32)
             self.record[0] = code

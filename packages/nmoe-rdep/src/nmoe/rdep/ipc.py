@@ -2,13 +2,14 @@
 
 import ctypes
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from cuda.bindings import driver
-from nmoe.rdep.errors import PeerTimeoutError, SymmetricMemoryError
+from nmoe.rdep.errors import RdepError, SymmetricMemoryError
 from nmoe.rdep.symmetric import agree_on_size, all_or_none
 from nmoe.rdep.world import World
 
@@ -66,22 +67,36 @@ class IpcMemory:
     def close(self) -> None:
         """See `SymmetricMemory.close`. Waits some seconds for the other ranks, so that none writes to what is gone.
 
-        If one does not come, this rank's buffers stay until its process ends.
+        If one does not come, or this GPU does not come to an end of its work, the buffers stay until the process ends:
+        what made it so is the error to tell.
         """
         if self._closed:
             return
         self._closed = True
+        if not self._comes_to_an_end():
+            return
         with self._in_context():
-            self._call(driver.cuCtxSynchronize(), "to end its work")
             for pointer in self._peers:
                 self._call(driver.cuIpcCloseMemHandle(pointer), "to unmap a buffer")
             try:
                 self._world.share("IPC memory's end", b"", _CLOSE_S)
-            except PeerTimeoutError:
+            except RdepError:  # they are gone: the memory goes with this process
                 return
             for pointer in self._own:
                 self._call(driver.cuMemFree(pointer), "to free its buffer")
         self._call(driver.cuDevicePrimaryCtxRelease(self._number), "to leave its context")
+
+    def _comes_to_an_end(self) -> bool:
+        """Within seconds: a GPU that waits for a lost rank, or is broken, is not waited for."""
+        stream, deadline = torch.cuda.current_stream(self._device), time.monotonic() + _CLOSE_S
+        try:
+            while not stream.query():
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(1e-3)
+        except RuntimeError:
+            return False
+        return True
 
     def _create(self, nbytes: int) -> bytes:
         """A zeroed buffer of this rank's; its handle."""

@@ -255,7 +255,7 @@ def join_world(
         store=dist.PrefixStore("group", store),
         rank=rank,
         world_size=size,
-        timeout=timeout,
+        timeout=2 * timeout,  # whoever waits for a rank in an exchange says which: that comes first
         device_id=device if on_gpu else None,
     )
     _warm(world)

@@ -17,7 +17,7 @@ from nmoe.rdep.transport import Transport, open_transport
 from nmoe.rdep.world import World, alone
 from nmoe.train.checkpointer import Checkpointer
 from nmoe.train.clock import Clock
-from nmoe.train.errors import WorldSizeError
+from nmoe.train.errors import PeerFaultError, WorldSizeError
 from nmoe.train.gradients import Gradients
 from nmoe.train.metrics import MetricsWriter, NoMetrics, read_metrics
 from nmoe.train.optim import Optimizer, flatten
@@ -282,7 +282,7 @@ def _evaluate(
     try:
         with torch.no_grad():
             values = evaluate(model)
-        transport.faults.check()
+        _refuse_faults(step, transport)
     except Exception as error:  # whatever failed, the run's own work is worth more than a measurement
         if transport.world.size > 1:
             raise  # the other ranks are in the midst of it: there is no step that all could go on with
@@ -293,6 +293,17 @@ def _evaluate(
     metrics.write(step, values)
     reporter.evaluation(step, values)
     return values
+
+
+def _refuse_faults(step: int, transport: Transport) -> None:
+    """On all ranks, where one had a fault: what it gave the others then means nothing."""
+    world, faults = transport.world, transport.faults
+    faulty_W = torch.zeros(world.size, dtype=torch.int32, device=faults.healthy.device)
+    faulty_W[world.rank] = 1 - faults.healthy
+    world.sum_(faulty_W)
+    faults.check()
+    if bool(faulty_W.any()):
+        raise PeerFaultError(step, faulty_W.nonzero().flatten().tolist())
 
 
 def _describe(config: TrainingConfig, device: torch.device) -> str:

@@ -73,7 +73,9 @@ class RankWrite:
         except CheckpointError as error:
             refusal = error
         offer = {"host": platform.node(), "pid": os.getpid(), "need": need, "refusal": _told(refusal)}
-        offers = [json.loads(each) for each in world.share(f"{name}/part", json.dumps(offer).encode())]
+        # A rank whose part of the last checkpoint failed comes while others still write theirs.
+        offered = world.share(f"{name}/part", json.dumps(offer).encode(), 2 * timeout_s)
+        offers = [json.loads(each) for each in offered]
         refusals = {rank: each["refusal"] for rank, each in enumerate(offers) if each["refusal"] is not None}
         if refusals:
             raise refusal or PartFailedError(path, refusals)

@@ -1,8 +1,11 @@
 """What steps gave, read a step late and told: to the metrics, to a person, and as an error where a step was refused."""
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable
 
+from nmoe.rdep.errors import WorldError
 from nmoe.rdep.transport import Transport
 from nmoe.train.clock import Clock
 from nmoe.train.errors import NonFiniteError, PeerFaultError
@@ -58,9 +61,8 @@ class Recorder:
             self._record(self._launched.popleft())
 
     def _record(self, launched: LaunchedStep) -> None:
-        # A rank that hangs keeps the others' collectives, and so this step, from ever ending: look while waiting.
-        faults, several = self.transport.faults, self.transport.world.size > 1
-        figures = launched.wait(faults.check if several else None)
+        faults = self.transport.faults
+        figures = launched.wait(self._watch(launched) if self.transport.world.size > 1 else None)
         self.clock.lap(launched.ended)
         faults.check()  # the cause, where there is one, comes before what it led to
         if figures.faulty:
@@ -83,6 +85,22 @@ class Recorder:
         )
         self.metrics.write(step, {**_tags(report), "train/total_loss": figures.total_loss, **figures.health})
         self.reporter.step(report)
+
+    def _watch(self, launched: LaunchedStep) -> Callable[[], None]:
+        """What to look at while a step of several ranks has not ended: a rank that hangs keeps the others' collectives,
+        which have no deadline of their own, and so the step from ever ending."""
+        limit_s = 2 * self.config.rdep.timeout_s
+        deadline = time.monotonic() + limit_s
+
+        def check() -> None:
+            self.transport.faults.check()
+            if time.monotonic() > deadline:
+                raise WorldError(
+                    f"expected step {launched.step} to end within {limit_s:g} s, found that it has not: a rank hangs "
+                    "outside of an exchange; see what the ranks said last; if steps take so long, raise rdep.timeout_s"
+                )
+
+        return check
 
     def _refuse_non_finite(self, launched: LaunchedStep, figures: StepFigures) -> None:
         size = self.config.train.micro_batch_size

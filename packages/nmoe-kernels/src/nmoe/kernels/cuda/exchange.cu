@@ -11,9 +11,10 @@
 // packets as long as it has. Flags: link.cuh. Every sum has one order.
 //
 // Letters: T tokens of this rank, D width, K slots, W ranks, N most tokens of a rank, S = W*N slab rows.
-// Macros: WARPS of a block; STAGES, rows on their way a warp (dispatch); PLAN (dispatch): 1 finds the ordinals and sends
-// experts and gates, 0 sends rows alone, by ordinals that are known; GATES (return_rows, collect_rows): 1 carries the
-// gates' gradients too; RANKS (collect_rows): at least W, 2, 4 or 8.
+// Macros choose the kernel, and say how it is made. PLAN: dispatch, which with 1 finds the ordinals and sends experts and
+// gates, with 0 sends rows alone, by ordinals that are known; STAGES are rows on their way a warp. SEND and GATES:
+// return_rows. GATES alone: collect_rows; RANKS is at least W, 2, 4 or 8. With GATES 1 these two carry the gates'
+// gradients too. TAIL: clear_tail. None of them: await_rows. WARPS are those of a block.
 #include "link.cuh"
 #include "sm90.cuh"
 

@@ -406,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     if (full && blockIdx.x == 0) {
       *p.healthy = 0;
       volatile int* const record = p.record;
-      if (record[0] == 0) {
+      if (record[0] == 0 || (record[0] == 2 && record[3] < needed)) {  // of all layers the one that needs most
         record[3] = needed, record[4] = p.capacity;
         __threadfence_system();
         record[0] = 2;

@@ -14,14 +14,12 @@ from collections.abc import Sequence
 
 import torch
 from nmoe.kernels.errors import ShapeError
-from nmoe.kernels.reference.exchange import Plan, Returns, Slab
+from nmoe.kernels.reference.exchange import WORDS, Plan, Returns, Slab
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel
 
 MOST_RANKS = 8
 """That exchange with each other."""
-WORDS = 3
-"""Flags that a rank posts to another one."""
 
 _ARCHES = ("sm_90a", "sm_100a")
 _SHARED_BYTES = 200 * 1024
@@ -92,7 +90,7 @@ class _Link(ctypes.Structure):
     _fields_ = (
         ("words", _Pointers),
         *((name, ctypes.c_void_p) for name in ("sequence", "record", "healthy", "gave_up")),
-        ("timeout_ns", ctypes.c_uint64),
+        ("timeout_ns", ctypes.c_int64),
         ("rank", ctypes.c_int),
         ("world", ctypes.c_int),
     )
@@ -166,6 +164,11 @@ class Link:
         if not 2 <= len(words) <= MOST_RANKS:
             raise ShapeError(
                 f"expected 2 to {MOST_RANKS} ranks that map each other's memory, found {len(words)}: start fewer"
+            )
+        if any(of_rank.numel() != WORDS * len(words) for of_rank in words):
+            raise ShapeError(
+                f"expected {WORDS * len(words)} words of each of {len(words)} ranks, found "
+                f"{[of_rank.numel() for of_rank in words]}: allocate WORDS for each pair of ranks"
             )
         self.rank, self.world, self.device = rank, len(words), device
         # The exchanges' number, whether a wait was given up, a counter of blocks for each kernel, and rows sent to each

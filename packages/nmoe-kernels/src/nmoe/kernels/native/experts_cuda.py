@@ -99,12 +99,12 @@ def _forward_cuda(x_TD: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, to
     if x_TD.shape[0] == 0:
         return torch.empty_like(x_TD), x_TD.new_empty(0, 2 * w2_eDF.shape[2])
     with torch.cuda.device(x_TD.device):
-        activation_RF, pre_R2F = gemm.up(_aligned(x_TD), index, w13_e2FD, keep_pre=training)
+        activation_RF, pre_R2F = gemm.up(aligned(x_TD), index, w13_e2FD, keep_pre=training)
         y_RD = gemm.down(activation_RF, index, gate_TK.contiguous(), w2_eDF)
         return combine(y_RD, index.row_TK), pre_R2F
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Contiguous, and at a multiple of 16 bytes, as copies of gathered rows take it: itself in all but odd cases."""
     tensor = tensor.contiguous()  # autograd may hand an expanded one
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
@@ -123,7 +123,7 @@ def _backward_cuda(dout_TD: torch.Tensor, x_TD: torch.Tensor, *arguments: Any) -
             if into is not None and not add:
                 into.zero_()
         return torch.empty_like(x_TD), gate_TK.new_empty(gate_TK.shape)
-    x_TD, dout_TD = _aligned(x_TD), _aligned(dout_TD)
+    x_TD, dout_TD = aligned(x_TD), aligned(dout_TD)
     with torch.cuda.device(x_TD.device):
         gated_RF, dpre_R2F, partial_NR = gemm.dgrad_activation(dout_TD, index, gate_TK.contiguous(), w2_eDF, pre_R2F)
         if dw2_eDF is not None:

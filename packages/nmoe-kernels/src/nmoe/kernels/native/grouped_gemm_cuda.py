@@ -16,7 +16,8 @@ from nmoe.kernels.native.tiles import CANDIDATES, Tile, choose_tile
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap, tensor_map
 
-_ARCHES = ("sm_90a",)
+ARCHES = ("sm_90a",)
+"""That these products are written for."""
 _THREADS = 384
 _SHARED_BYTES = 232_448 - 1024  # a block's most, less what barriers and alignment may take
 _STEP_BYTES = 128  # of the reduction, per row and stage
@@ -75,13 +76,13 @@ def _gemm_source(product: str, tile: Tile) -> CudaSource:
     names = ("GATHER", "WEIGHT_MN", "EPILOGUE", "KEEP_PRE", "SCALE")
     shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile)))
     defines = (*zip(names, _GEMMS[product], strict=True), *shape)
-    return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_gemm_sm90.cu", "grouped_gemm", _ARCHES, defines)
+    return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_gemm_sm90.cu", "grouped_gemm", ARCHES, defines)
 
 
 def _wgrad_source(product: str, tile: Tile) -> CudaSource:
     shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile)))
     defines = (*zip(("GATHER", "ADD"), _WGRADS[product], strict=True), *shape)
-    return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_wgrad_sm90.cu", "grouped_wgrad", _ARCHES, defines)
+    return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_wgrad_sm90.cu", "grouped_wgrad", ARCHES, defines)
 
 
 def _candidates(product: str) -> tuple[Tile, ...]:

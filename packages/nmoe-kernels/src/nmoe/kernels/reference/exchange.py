@@ -14,6 +14,11 @@ from typing import NamedTuple
 import torch
 from nmoe.kernels.reference.routing import RowIndex
 
+ARRIVED, RETURNED, CONSUMED = range(3)
+"""Flags between two ranks, each the number of the last exchange of which it tells: a source's rows are at their owner,
+an owner's sums are at the source, an owner has read all that it was sent. As `Word` in cuda/link.cuh."""
+WORDS = 3
+
 
 @dataclass(frozen=True)
 class Slab:

@@ -14,4 +14,7 @@ def global_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     Returns:
         fp32 scalar on the device; NaN or infinite where an element is, or where the squares' sum overflows.
     """
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+    # In fp64, as PyTorch's sum on a CPU loses digits with a tensor's length (4e-4 at 10 million elements), and how long
+    # tensors are depends on the number of ranks.
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).to(tensors[0].dtype)

@@ -11,6 +11,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     found = torch.cuda.device_count()
     sizes = [int(n) for n in options.ranks.split(",")] if options.ranks else [n for n in (1, 2, 4, 8) if n <= found]
+    if any(64 % size for size in sizes):  # the least number of experts that is measured
+        parser.error(f"expected --ranks that divide 64 experts, found {options.ranks}")
     if not sizes or max(sizes) > found:
         parser.error(f"expected --ranks of at most the {found} GPUs that there are, found {options.ranks or 'none'}")
     command = shlex.join(["python", "-m", "nmoe.rdep.bench", *_without_output(arguments)])
@@ -56,16 +59,19 @@ def _measure(size: int, tokens: str, timeout_s: float) -> dict[str, Any]:
         command = [sys.executable, "-m", "nmoe.rdep.bench.worker", tokens, str(result)]
         common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         workers = [subprocess.Popen(command, env=os.environ | common | {"RANK": str(rank)}) for rank in range(size)]
+        deadline = time.monotonic() + timeout_s
         try:
-            codes = [worker.wait(timeout_s) for worker in workers]
-        except subprocess.TimeoutExpired:
-            return {"error": f"took longer than {timeout_s:g} s: give it more with --timeout"}
+            while not all(worker.poll() == 0 for worker in workers):
+                codes = [worker.poll() for worker in workers]
+                if any(codes):
+                    return {"error": f"the ranks ended with {codes}: see above"}
+                if time.monotonic() > deadline:
+                    return {"error": f"took longer than {timeout_s:g} s: give it more with --timeout"}
+                time.sleep(0.05)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.wait()
-        if any(codes):
-            return {"error": f"the ranks ended with {codes}: see above"}
         return dict(json.loads(result.read_text()))
 
 

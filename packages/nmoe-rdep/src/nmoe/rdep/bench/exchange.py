@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from nmoe.kernels.native import exchange_cuda as exchange
 from nmoe.kernels.native.routing_cuda import RowIndex, index_slab
+from nmoe.kernels.reference.exchange import WORDS
 from nmoe.rdep.bench.timing import time_graph, time_together
-from nmoe.rdep.exchange import WORDS
 from nmoe.rdep.faults import Faults
 from nmoe.rdep.ipc import IpcMemory
 from nmoe.rdep.slabs import allocate_returns, allocate_slab, allocate_words
@@ -32,11 +32,10 @@ _TIMEOUT_S = 30.0
 def measure_exchange(world: World, n_tokens: int) -> dict[str, Any]:
     """The figures of `n_tokens` a rank: bytes, microseconds, and GB/s of the bytes that leave a GPU."""
     memory = IpcMemory(world)
-    try:
-        return _measure(world, memory, n_tokens)
-    finally:
-        world.barrier()
-        memory.close()
+    figures = _measure(world, memory, n_tokens)
+    world.barrier()
+    memory.close()
+    return figures
 
 
 def _measure(world: World, memory: IpcMemory, n_tokens: int) -> dict[str, Any]:
