@@ -46,7 +46,7 @@ class CapacityError(RdepError):
     def __init__(self, needed: int, capacity: int, needed_factor: float) -> None:
         super().__init__(
             f"expected at most {capacity} rows for this rank's experts, found {needed}: set rdep.capacity_factor to "
-            f"{needed_factor:g} or more (other ranks and later steps may need more), or leave it out: there is then room "
-            "for any routing"
+            f"{needed_factor:g} or more (other ranks and later steps may need more), or leave it out: there is then "
+            "room for any routing"
         )
         self.needed, self.capacity, self.needed_factor = needed, capacity, needed_factor
