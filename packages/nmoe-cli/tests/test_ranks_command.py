@@ -174,7 +174,7 @@ def test_every_mistake_is_told_once_and_before_anything_is_made(n, config_file, 
 
 
 def test_gpus_is_a_world_size_of_gpus(n, config_file, prepared, root, monkeypatch):
-    small = config_file(('device = "cpu"', 'device = "cuda"'), name="gpu.toml")
+    small = config_file(DENSE, ("moe_inter_dim = 16\n", ""), ('device = "cpu"', 'device = "cuda"'), name="gpu.toml")
     outcome = n("train", small, "--gpus", "2", "--dry-run")
     assert outcome.code == 0
     assert "world_size = 2" in outcome.out
@@ -184,6 +184,10 @@ def test_gpus_is_a_world_size_of_gpus(n, config_file, prepared, root, monkeypatc
     assert "expected 2 visible GPUs" in outcome.err
     assert "found 1: use --gpus 1" in outcome.err
     assert not (root / "runs").exists()
+    sparse = config_file(('device = "cpu"', 'device = "cuda"'), name="sparse.toml")
+    outcome = n("train", sparse, "--gpus", "2", "--dry-run")
+    assert outcome.code == 2
+    assert "needs native kernels, which move the rows" in outcome.err
     outcome = n("train", config_file(), "--gpus", "2")
     assert outcome.code == 2
     assert "--set runtime.world_size=2" in outcome.err

@@ -55,10 +55,11 @@ def test_a_layer_that_counts_its_own_load_would_be_told_apart(tiny, build) -> No
     layer = model.layers[2].ffn
     right = layer.routed
 
-    def counting(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out_TD, load_E = right(*arguments)
-        layer.router.load += load_E
-        return out_TD, torch.zeros_like(load_E)
+    def counting(*arguments: object, **named: object) -> tuple[object, ...]:
+        routing = arguments[2]
+        layer.router.load += torch.bincount(routing.expert_TK.flatten(), minlength=len(layer.router.load))
+        out_TD, load_E, other = right(*arguments, **named)
+        return out_TD, torch.zeros_like(load_E), other
 
     layer.routed = counting
     assert different(results(model, ()), expected) == []
@@ -72,9 +73,9 @@ def test_the_chosen_layers_run_twice_and_no_others(tiny, build) -> None:
         if isinstance(module, MixtureOfExperts):
             right = module.routed
 
-            def counted(*arguments: object, right=right, name=name) -> object:
+            def counted(*arguments: object, right=right, name=name, **named: object) -> object:
                 runs[name] = runs.get(name, 0) + 1
-                return right(*arguments)
+                return right(*arguments, **named)
 
             module.routed = counted
     model.training_loss(samples(model.config), 28, recompute=[1, 4]).total.backward()

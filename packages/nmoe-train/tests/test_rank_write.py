@@ -36,7 +36,7 @@ class ThreadWorld:
         self.rank, self.size = rank, size
         self._barrier, self._shared = barrier, shared
 
-    def share(self, name: str, value: bytes) -> list[bytes]:
+    def share(self, name: str, value: bytes, timeout_s: float | None = None) -> list[bytes]:
         values = self._shared.setdefault(name, {})
         assert self.rank not in values, "shared twice"
         values[self.rank] = value
@@ -298,7 +298,9 @@ def test_ranks_killed_at_any_moment(tmp_path, children):
     """Ranks go on with one run, of another number each time; all of them or one is killed at a random moment."""
     rng = random.Random(2)
     step, torn, alone = 0, 0, 0
-    for turn in range(12):
+    for turn in range(60):
+        if turn >= 12 and torn >= 3:  # how many kills hit a write is a matter of the machine's speed
+            break
         size = rng.choice([2, 3])
         pids = begin(children, "run", tmp_path, step, size, 600.0)
         for _ in range(rng.randrange(1, 3 * size)):
@@ -324,4 +326,4 @@ def test_ranks_killed_at_any_moment(tmp_path, children):
         step = reached + 1
     assert step > 5
     assert torn >= 3, "too few kills hit a write: the test shows nothing"
-    assert alone == 4
+    assert alone >= 4
