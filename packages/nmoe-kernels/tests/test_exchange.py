@@ -37,7 +37,7 @@ def test_rows_go_out_and_come_back(world: int, tokens: tuple[int, ...], top_k: i
             count_W[source] = int(sent.sum())
             slab[source, : count_W[source]] = x[source][sent]
             expert_WNK[source, : count_W[source]] = local_experts(expert[source], owner, n_local)[sent]
-        index = index_slab(expert_WNK.flatten(0, 1), count_W, n_local)
+        index = index_slab(expert_WNK.flatten(0, 1), count_W[None], n_local)
         local_R = expert_WNK.flatten()[index.order_R]
         assert torch.equal(local_R, local_R.sort(stable=True).values)
         key_R = local_R.long() * index.row_TK.numel() + index.order_R

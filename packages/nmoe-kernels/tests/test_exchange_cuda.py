@@ -11,10 +11,12 @@ from nmoe.kernels.reference.exchange import Plan, Returns, Slab
 pytest.importorskip("cuda.bindings", reason="the CUDA kernels are for Linux")
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.native import exchange_cuda as exchange
-from nmoe.kernels.native.routing_cuda import RowIndex, index_slab
+from nmoe.kernels.native import grouped_gemm_cuda as gemm
+from nmoe.kernels.native.routing_cuda import SCHEDULE_HEAD, RowIndex, Waves, index_slab
 
 # W, T of each rank (in turn), N, D, K, experts: few and many ranks, ranks without tokens, rows of one piece and of
-# many, one expert a token and as many as there are, more tokens than all warps take at once.
+# many, one expert a token and as many as there are, more tokens than all warps take at once. Beyond 1024 tokens they
+# travel in waves, of which some are empty where a rank has few.
 SHAPES = [
     (2, (5, 3), 5, 8, 1, 2),
     (2, (300, 0), 300, 64, 4, 6),
@@ -50,8 +52,8 @@ def make_ranks(world: int, most: int, width: int, top_k: int, timeout_s: float =
         x = by_rank(world, most, width, dtype=torch.bfloat16)
         expert = by_rank(world, most, top_k, dtype=torch.int32)
         gate = by_rank(world, most, top_k, dtype=torch.float32)
-        count = by_rank(world, dtype=torch.int32)
-        return [Slab(x, expert, gate, count, used) for used in by_rank(1, dtype=torch.int32)]
+        end = by_rank(reference.WAVES, world, dtype=torch.int32)
+        return [Slab(x, expert, gate, end, used) for used in by_rank(1, dtype=torch.int32)]
 
     words = by_rank(exchange.WORDS * world, dtype=torch.int32)
     record = torch.zeros(8, dtype=torch.int32).pin_memory()
@@ -78,27 +80,46 @@ def draw(
     return x, expert, gate
 
 
-def dispatch(ranks: Ranks, x: list, expert: list, gate: list, n_local: int) -> tuple[list[Plan], list[RowIndex]]:
+def dispatch(
+    ranks: Ranks, x: list, expert: list, gate: list, n_local: int
+) -> tuple[list[Plan], list[RowIndex], list[Waves]]:
     plans = [exchange.make_plan(link, expert_TK.cuda()) for link, expert_TK in zip(ranks.links, expert, strict=True)]
+    n_waves = exchange.waves_for(ranks.slabs[0].x_WND[0].shape[1])
     for rank, link in enumerate(ranks.links):
-        exchange.dispatch_tokens(link, ranks.slabs[rank], x[rank].cuda(), gate[rank].cuda(), plans[rank], n_local)
+        exchange.dispatch_tokens(
+            link, ranks.slabs[rank], x[rank].cuda(), gate[rank].cuda(), plans[rank], n_local, n_waves=n_waves
+        )
     indices = []
     for rank, link in enumerate(ranks.links):
-        exchange.await_rows(link, gradients=False)
         slab = ranks.slabs[rank]
         expert_WNK = slab.expert_WNK[rank]
+        if n_waves > 1:
+            exchange.await_choices(link)
+        exchange.await_rows(link, gradients=False)
         capacity = expert_WNK.numel()
         indices.append(
             index_slab(
                 expert_WNK.flatten(0, 1),
-                slab.count_W[rank],
+                slab.end_CW[rank][-n_waves:],
                 n_local,
                 capacity,
                 healthy=ranks.healthy,
                 record=ranks.record,
             )
         )
-    return plans, indices
+    return plans, [index for index, _ in indices], [waves for _, waves in indices]
+
+
+def send_back(ranks: Ranks, y: list, indices: list[RowIndex], waves: list[Waves]) -> None:
+    """Each rank in turn, each wave by itself."""
+    for rank, link in enumerate(ranks.links):
+        slab, returns, row_SK = ranks.slabs[rank], ranks.returns[rank], indices[rank].row_TK
+        n_waves = waves[rank].entry_C.shape[0] - 1
+        if n_waves == 1:
+            exchange.return_rows(link, returns, y[rank].cuda(), row_SK, slab.count_W[rank])
+        for wave in range(n_waves if n_waves > 1 else 0):
+            end_CW, ready_S = slab.end_CW[rank], waves[rank].ready_S
+            exchange.return_wave(link, returns, y[rank].cuda(), row_SK, end_CW, ready_S, wave)
 
 
 @pytest.mark.gpu
@@ -110,7 +131,7 @@ def test_every_row_and_sum_is_the_references(
     ranks = make_ranks(world, most, width, top_k)
     x, expert, gate = draw(world, tokens, width, top_k, n_experts)
     dout, _, _ = draw(world, tokens, width, top_k, n_experts)
-    plans, indices = dispatch(ranks, x, expert, gate, n_local)
+    plans, indices, waves = dispatch(ranks, x, expert, gate, n_local)
     wanted = [reference.plan_dispatch(expert_TK, n_local, world) for expert_TK in expert]
     for plan, want in zip(plans, wanted, strict=True):
         assert torch.equal(plan.ordinal_TW.cpu(), want.ordinal_TW)
@@ -122,24 +143,25 @@ def test_every_row_and_sum_is_the_references(
             sent = ordinal_T >= 0
             n = int(sent.sum())
             assert int(slab.count_W[owner][source]) == n
+            ends = [int(sent[: tokens[source] * (c + 1) // reference.WAVES].sum()) for c in range(reference.WAVES)]
+            assert slab.end_CW[owner][:, source].tolist() == ends
             assert torch.equal(slab.x_WND[owner][source, :n].cpu(), x[source][sent])
             local = reference.local_experts(expert[source], owner, n_local)
             assert torch.equal(slab.expert_WNK[owner][source, :n].cpu(), local[sent])
             assert torch.equal(slab.gate_WNK[owner][source, :n].cpu(), gate[source][sent])
-        expert_SK, count_W = slab.expert_WNK[owner].flatten(0, 1).cpu(), slab.count_W[owner].cpu()
-        want_index = reference.index_slab(expert_SK, count_W, n_local)
+        end_CW = slab.end_CW[owner][-exchange.waves_for(most) :].cpu()
+        want_index = reference.index_slab(slab.expert_WNK[owner].flatten(0, 1).cpu(), end_CW, n_local)
         n_rows = int(want_index.offset_E[-1])
         index = indices[owner]
         assert torch.equal(index.offset_E.cpu(), want_index.offset_E)
         assert torch.equal(index.order_R[:n_rows].cpu().long(), want_index.order_R)
         assert torch.equal(index.token_R[:n_rows].cpu().long(), want_index.order_R // top_k)
         assert torch.equal(index.row_TK.cpu().long(), want_index.row_TK)
+        check_waves(index, waves[owner], end_CW, n_rows)
 
     # Rows as experts could give them, and their sums on the way back.
     y = [(torch.randn(index.order_R.shape[0], width) * 10.0).bfloat16() for index in indices]
-    for rank, link in enumerate(ranks.links):
-        index, count_W = indices[rank], ranks.slabs[rank].count_W[rank]
-        exchange.return_rows(link, ranks.returns[rank], y[rank].cuda(), index.row_TK, count_W)
+    send_back(ranks, y, indices, waves)
     out = [
         exchange.collect_rows(link, ranks.returns[rank], plans[rank], width) for rank, link in enumerate(ranks.links)
     ]
@@ -175,6 +197,70 @@ def test_every_row_and_sum_is_the_references(
     assert ranks.record.tolist() == [0] * 8
 
 
+def check_waves(index: RowIndex, waves: Waves, end_CW: torch.Tensor, n_rows: int) -> None:
+    """Every row is in one block of the schedule; a block's rows come with its wave or before, one of them with it; and
+    a slab row is ready with the last of its rows' blocks."""
+    world = end_CW.shape[1]
+    most, entry_C = index.row_TK.shape[0] // world, waves.entry_C.tolist()
+    assert entry_C[0] == 0
+    blocks, by_expert = (
+        schedule[SCHEDULE_HEAD : SCHEDULE_HEAD + 4 * entry_C[-1]].view(-1, 4).tolist()
+        for schedule in (waves.schedule, index.schedule)
+    )
+    assert by_expert == sorted(blocks, key=lambda block: block[:2])
+    assert blocks == sorted(blocks, key=lambda block: (block[3], *block[:2]))
+    assert waves.schedule[:SCHEDULE_HEAD].tolist() == index.schedule[:SCHEDULE_HEAD].tolist() == [entry_C[-1], *[0] * 7]
+    token_R = index.token_R[:n_rows].cpu().long()
+    wave_R = (token_R % most >= end_CW[:, token_R // most]).sum(0)
+    block_wave_R = torch.full((n_rows,), -1)
+    offsets = index.offset_E.tolist()
+    for number, (expert, first, rows, wave) in enumerate(blocks):
+        assert entry_C[wave] <= number < entry_C[wave + 1]
+        assert offsets[expert] <= first
+        assert first + rows <= offsets[expert + 1]
+        assert bool((block_wave_R[first : first + rows] == -1).all())
+        block_wave_R[first : first + rows] = wave
+        assert int(wave_R[first : first + rows].max()) <= wave
+        ends_expert = first + rows == offsets[expert + 1]
+        assert ends_expert or int(wave_R[first + rows - 1]) == wave
+    assert bool((block_wave_R >= 0).all())
+    ready_S = torch.zeros(index.row_TK.shape[0], dtype=torch.long).scatter_reduce(0, token_R, block_wave_R, "amax")
+    there = token_R.unique()
+    assert torch.equal(waves.ready_S.cpu().long()[there], ready_S[there])
+
+
+@pytest.mark.gpu
+def test_products_of_waves_are_the_products(gpu: str) -> None:
+    """Bit for bit: a tile does not know when it was computed."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the grouped products are for sm_90a")
+    world, most, width, hidden, top_k, n_experts = 2, 3000, 128, 192, 4, 12
+    ranks = make_ranks(world, most, width, top_k)
+    x, expert, gate = draw(world, (3000, 1700), width, top_k, n_experts)
+    _, indices, waves = dispatch(ranks, x, expert, gate, n_experts // world)
+    w13 = torch.randn(n_experts // world, 2, hidden, width, device=gpu).bfloat16() * 0.1
+    w2 = torch.randn(n_experts // world, width, hidden, device=gpu).bfloat16() * 0.1
+    for rank, link in enumerate(ranks.links):
+        slab, index = ranks.slabs[rank], indices[rank]
+        n_rows = int(index.offset_E[-1])
+        x_SD, gate_SK = slab.x_WND[rank].flatten(0, 1), slab.gate_WNK[rank].flatten(0, 1)
+        for keep in (False, True):
+            wanted, wanted_pre = gemm.up(x_SD, index, w13, keep_pre=keep)
+            found, found_pre = gemm.up(x_SD, index, w13, keep_pre=keep, arriving=(link, waves[rank]))
+            assert torch.equal(found[:n_rows], wanted[:n_rows])
+            assert torch.equal(found_pre[:n_rows], wanted_pre[:n_rows])
+        wanted_y = gemm.down(wanted, index, gate_SK, w2)
+        y_RD = torch.full_like(wanted_y, torch.nan)
+        for wave in range(exchange.waves_for(most)):
+            gemm.down_wave(wanted, index, gate_SK, w2, y_RD, waves=waves[rank], wave=wave)
+            done = index.token_R[:n_rows][~y_RD[:n_rows].isnan().any(1)].long()
+            ready = (waves[rank].ready_S <= wave).nonzero()[:, 0]
+            rows = index.row_TK[ready][index.row_TK[ready] >= 0].long()
+            assert not bool(y_RD[rows].isnan().any()), "what is ready has been computed"
+            assert done.numel() >= rows.numel()
+        assert torch.equal(y_RD[:n_rows], wanted_y[:n_rows])
+
+
 @pytest.mark.gpu
 def test_exchanges_follow_each_other_in_a_graph(gpu: str) -> None:
     """Replayed, with other tokens each time: flags and counters go on by themselves, and a slab is used again."""
@@ -183,7 +269,7 @@ def test_exchanges_follow_each_other_in_a_graph(gpu: str) -> None:
     x, expert, gate = ([t.cuda() for t in part] for part in draw(world, (200, 150), width, top_k, n_experts))
 
     def step() -> list[torch.Tensor]:
-        plans, indices = dispatch(ranks, x, expert, gate, n_experts // world)
+        plans, indices, _ = dispatch(ranks, x, expert, gate, n_experts // world)
         for rank, link in enumerate(ranks.links):
             index, slab = indices[rank], ranks.slabs[rank]
             y_RD = slab.x_WND[rank].flatten(0, 1)[index.token_R.clamp(0, world * most - 1)]
@@ -218,15 +304,15 @@ def test_too_many_rows_are_told_and_none_is_ordered(gpu: str) -> None:
     expert = [torch.tensor([[0, 1]], dtype=torch.int32).repeat(100, 1)] * 2  # all to rank 0
     dispatch(ranks, x, expert, gate, 2)
     slab = ranks.slabs[0]
-    arguments = (slab.expert_WNK[0].flatten(0, 1), slab.count_W[0], 2)
-    index = index_slab(*arguments, 399, healthy=ranks.healthy, record=ranks.record)
+    arguments = (slab.expert_WNK[0].flatten(0, 1), slab.end_CW[0][-1:], 2)
+    index, _ = index_slab(*arguments, 399, healthy=ranks.healthy, record=ranks.record)
     torch.cuda.synchronize()
     assert int(ranks.healthy) == 0
     assert ranks.record.tolist()[:5] == [2, 0, 0, 400, 399]
     assert index.offset_E.tolist() == [0, 0, 0]
     assert bool((index.row_TK == -1).all())
     assert int(index.schedule[0]) == 0
-    exact = index_slab(*arguments, 400, healthy=ranks.healthy, record=ranks.record)
+    exact, _ = index_slab(*arguments, 400, healthy=ranks.healthy, record=ranks.record)
     assert exact.offset_E.tolist() == [0, 200, 400]
 
 
@@ -235,7 +321,7 @@ def test_a_missing_rank_is_named_and_nothing_hangs(gpu: str) -> None:
     ranks = make_ranks(2, 10, 64, 2, timeout_s=0.3)
     x, expert, gate = draw(2, (10, 10), 64, 2, 4)
     plan = exchange.make_plan(ranks.links[0], expert[0].cuda())
-    exchange.dispatch_tokens(ranks.links[0], ranks.slabs[0], x[0].cuda(), gate[0].cuda(), plan, 2)
+    exchange.dispatch_tokens(ranks.links[0], ranks.slabs[0], x[0].cuda(), gate[0].cuda(), plan, 2, n_waves=1)
     exchange.await_rows(ranks.links[0], gradients=False)  # rank 1 sends nothing
     torch.cuda.synchronize()
     assert ranks.record.tolist()[:3] == [1, 1, 0]

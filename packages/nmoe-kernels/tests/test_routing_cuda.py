@@ -308,7 +308,8 @@ def test_index_rows_where_shared_memory_passes_48_kib(
 ) -> None:
     """What a launch asks for passes 48 KiB at 352 experts, with the kernel's own 256 bytes at 350, and with the KiB
     the system keeps of each block at 342. The kernel is loaded anew each time, for a limit once raised stays so."""
-    monkeypatch.setattr(routing_cuda, "_INDEX", CudaKernel(routing_cuda._INDEX.source))
+    key = ("index_rows", 0)
+    monkeypatch.setitem(routing_cuda._INDEX, key, CudaKernel(routing_cuda._INDEX[key].source))
     expert_TK = distinct(1000, n_experts, 6).to(gpu)
     check_index(index_rows(expert_TK, n_experts), expert_TK, n_experts)
 

@@ -13,18 +13,18 @@ from nmoe.rdep.errors import CapacityError, PeerTimeoutError, RdepError
 from nmoe.rdep.schema import RdepConfig
 from nmoe.rdep.transport import LocalTransport, open_transport
 
-MOST, DIM, HIDDEN, TOP_K, EXPERTS = 96, 64, 32, 3, 8
+DIM, HIDDEN, TOP_K, EXPERTS = 64, 32, 3, 8
 
 
 class Setting:
     """The same numbers on every rank: tokens of all ranks, and the weights of all experts."""
 
-    def __init__(self, world, on_gpu, *, tokens=None, skew=None, seed=0):
-        self.world, self.on_gpu = world, on_gpu
+    def __init__(self, world, on_gpu, most, *, tokens=None, skew=None, seed=0):
+        self.world, self.on_gpu, self.most = world, on_gpu, most
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.ops = select_ops("native" if on_gpu else "reference", world.device)
         draw = torch.Generator().manual_seed(seed)
-        self.tokens = tokens or [MOST - 7 * rank for rank in range(world.size)]
+        self.tokens = tokens or [most - 7 * rank for rank in range(world.size)]
 
         def randn(*shape, scale=1.0):
             return (torch.randn(*shape, generator=draw) * scale).to(self.dtype).to(world.device)
@@ -62,7 +62,7 @@ class Setting:
 def open_(setting, **config):
     kind = "ipc" if setting.on_gpu else "shm"
     rdep = RdepConfig(transport=kind, **{"capacity_factor": 8.0, "timeout_s": 60.0, **config})
-    return open_transport(rdep, setting.world, max_tokens=MOST, dtype=setting.dtype)
+    return open_transport(rdep, setting.world, max_tokens=setting.most, dtype=setting.dtype)
 
 
 def near(found, expected, what, on_gpu):
@@ -83,14 +83,14 @@ def digest(tensors):
     return state.digest()
 
 
-def equals_one_rank(world, on_gpu):
+def equals_one_rank(world, on_gpu, most):
     """Even and skewed routing, a rank without tokens, and none with any: outputs and gradients of one rank's layer."""
     cases = [
-        Setting(world, on_gpu),
-        Setting(world, on_gpu, skew=EXPERTS - 1, seed=1),
-        Setting(world, on_gpu, tokens=[0] + [5 + rank for rank in range(1, world.size)], seed=2),
-        Setting(world, on_gpu, tokens=[MOST] + [0] * (world.size - 1), seed=3),
-        Setting(world, on_gpu, tokens=[0] * world.size, seed=4),
+        Setting(world, on_gpu, most),
+        Setting(world, on_gpu, most, skew=EXPERTS - 1, seed=1),
+        Setting(world, on_gpu, most, tokens=[0] + [5 + rank for rank in range(1, world.size)], seed=2),
+        Setting(world, on_gpu, most, tokens=[most] + [0] * (world.size - 1), seed=3),
+        Setting(world, on_gpu, most, tokens=[0] * world.size, seed=4),
     ]
     transport = open_(cases[0])
     layers = [transport.layer(DIM, TOP_K, EXPERTS) for _ in range(2)]
@@ -127,9 +127,9 @@ def equals_one_rank(world, on_gpu):
     transport.close()
 
 
-def same_bits(world, on_gpu, launches=10):
+def same_bits(world, on_gpu, most, launches=10):
     """With delays drawn for each rank anew, every launch gives the same bits; on GPUs a graph's too."""
-    setting = Setting(world, on_gpu)
+    setting = Setting(world, on_gpu, most)
     transport = open_(setting)
     layer = transport.layer(DIM, TOP_K, EXPERTS)
     delays = random.Random(world.rank)
@@ -166,16 +166,16 @@ def same_bits(world, on_gpu, launches=10):
     transport.close()
 
 
-def stress(world, on_gpu, launches):
+def stress(world, on_gpu, most, launches):
     """Many exchanges of random sizes with random delays: each output is the gated sum of what its experts give."""
-    setting = Setting(world, on_gpu)
+    setting = Setting(world, on_gpu, most)
     transport = open_(setting)
     layer = transport.layer(DIM, TOP_K, EXPERTS)
     sizes, delays = random.Random(7), random.Random(world.rank)
     local = LocalTransport().layer(DIM, TOP_K, EXPERTS)
     w13, w2 = setting.w13[setting.mine()], setting.w2[setting.mine()]
     for number in range(launches):
-        tokens = [sizes.randint(0, MOST) for _ in range(world.size)][world.rank]
+        tokens = [sizes.randint(0, most) for _ in range(world.size)][world.rank]
         rows = torch.randint(0, max(1, setting.tokens[world.rank]), (tokens,), device=world.device)
         x, logits = setting.x[world.rank][rows], setting.logits[world.rank][rows]
         routing = setting.ops.route(logits, setting.bias, top_k=TOP_K)
@@ -195,9 +195,9 @@ def stress(world, on_gpu, launches):
     transport.close()
 
 
-def overflow(world, on_gpu):
+def overflow(world, on_gpu, most):
     """All rows to one rank: that rank's fault, with a factor that is then enough."""
-    setting = Setting(world, on_gpu, tokens=[MOST] * world.size, skew=0)
+    setting = Setting(world, on_gpu, most, tokens=[most] * world.size, skew=0)
     setting.logits = [logits.clone() for logits in setting.logits]
     for logits in setting.logits:
         logits[:, : EXPERTS // world.size] += 50.0
@@ -227,19 +227,19 @@ def overflow(world, on_gpu):
     enough.close()
 
 
-def refusals(world, on_gpu):
+def refusals(world, on_gpu, most):
     """What the layer was not made for is refused before anything is sent; so is a backward whose tokens are gone."""
-    setting = Setting(world, on_gpu, tokens=[7] * world.size)
+    setting = Setting(world, on_gpu, most, tokens=[7] * world.size)
     transport = open_(setting)
     layer = transport.layer(DIM, TOP_K, EXPERTS)
     routing = setting.ops.route(setting.logits[world.rank], setting.bias, top_k=TOP_K)
     x, w13, w2 = setting.x[world.rank], setting.w13[setting.mine()], setting.w2[setting.mine()]
-    more = setting.ops.route(torch.zeros(MOST + 1, EXPERTS, device=world.device), setting.bias, top_k=TOP_K)
+    more = setting.ops.route(torch.zeros(most + 1, EXPERTS, device=world.device), setting.bias, top_k=TOP_K)
     for arguments, told in (
         ((x.double(), routing, w13, w2), "found .* of torch.float64"),
         ((x[:, :-8], routing, w13, w2), rf"tokens \(T, {DIM}\)"),
         ((x[:5], routing, w13, w2), rf"experts \(5, {TOP_K}\)"),
-        ((x.new_zeros(MOST + 1, DIM), more, w13, w2), f"at most {MOST} tokens"),
+        ((x.new_zeros(most + 1, DIM), more, w13, w2), f"at most {most} tokens"),
         ((x, routing, setting.w13.repeat(2, 1, 1, 1), w2), "contiguous w13"),
         ((x, routing, w13, w2.transpose(1, 2).contiguous().transpose(1, 2)), "contiguous w2"),
     ):
@@ -256,9 +256,9 @@ def refusals(world, on_gpu):
     transport.close()
 
 
-def dead(world, on_gpu):
+def dead(world, on_gpu, most):
     """The last rank does not come: the others name it and its phase, and do not hang."""
-    setting = Setting(world, on_gpu)
+    setting = Setting(world, on_gpu, most)
     transport = open_(setting, timeout_s=1.0)
     layer = transport.layer(DIM, TOP_K, EXPERTS)
     world.barrier()
@@ -286,10 +286,12 @@ def main():
     torch.set_num_threads(1)
     world = ranks.join(device)
     for case in cases:
-        if case.startswith("stress"):
-            stress(world, device == "cuda", int(case.removeprefix("stress")))
+        name, _, most = case.partition(":")  # of each rank's tokens
+        arguments = (world, device == "cuda", int(most or 96))
+        if name.startswith("stress"):
+            stress(*arguments, int(name.removeprefix("stress")))
         else:
-            CASES[case](world, device == "cuda")
+            CASES[name](*arguments)
     world.close()
 
 

@@ -130,12 +130,12 @@ class CpuExchange:
         return Gradients(dx_TD, dgate_TK, rows.dw13, rows.dw2)
 
     def _index(self, slab: Slab, n_local: int, capacity: int) -> RowIndex:
-        expert_SK, count_W = slab.expert_WNK[self._rank].flatten(0, 1), slab.count_W[self._rank]
-        index = index_slab(expert_SK, count_W, n_local)
+        expert_SK, count_1W = slab.expert_WNK[self._rank].flatten(0, 1), slab.end_CW[self._rank][-1:]
+        index = index_slab(expert_SK, count_1W, n_local)
         if index.order_R.numel() <= capacity:
             return index
         self._faults.report_overflow(index.order_R.numel(), capacity)
-        return index_slab(expert_SK, torch.zeros_like(count_W), n_local)
+        return index_slab(expert_SK, torch.zeros_like(count_1W), n_local)
 
     def _rows(self, slab: Slab, index: RowIndex) -> tuple[torch.Tensor, torch.Tensor]:
         """The slab row and the gate of each routed row."""

@@ -12,7 +12,7 @@ import torch
 from nmoe.kernels.native import exchange_cuda as exchange
 from nmoe.kernels.native import grouped_gemm_cuda as gemm
 from nmoe.kernels.native.experts_cuda import aligned, check_accumulators, gradient_target
-from nmoe.kernels.native.routing_cuda import MAX_TOP_K, RowIndex, index_slab
+from nmoe.kernels.native.routing_cuda import MAX_TOP_K, RowIndex, Waves, index_slab
 from nmoe.kernels.ops import Tier
 from nmoe.kernels.reference.exchange import Plan, Returns, Slab
 from nmoe.rdep.exchange import Gradients, Kept
@@ -37,7 +37,7 @@ class GpuExchange:
     ) -> None:
         self._link = exchange.Link(rank, words, faults.record, faults.healthy, timeout_s, device)
         self._faults, self._rank = faults, rank
-        self._beside = torch.cuda.Stream(device)
+        self._beside = torch.cuda.Stream(device, priority=-1)  # what travels goes before what is computed
         self._sent: tuple[torch.Tensor, ...] = ()
         """What is on its way, kept alive."""
 
@@ -61,7 +61,7 @@ class GpuExchange:
         self._sent = (x_TD, gate_TK)
         plan = exchange.make_plan(self._link, expert_TK)
         with self._travelling():
-            exchange.dispatch_tokens(self._link, slab, x_TD, gate_TK, plan, n_local)
+            exchange.dispatch_tokens(self._link, slab, x_TD, gate_TK, plan, n_local, n_waves=_n_waves(slab))
         return plan
 
     def finish(
@@ -75,22 +75,64 @@ class GpuExchange:
         *,
         keep: bool,
     ) -> tuple[torch.Tensor, Kept]:
-        """See `Exchange.finish`."""
-        link, rank = self._link, self._rank
-        self._join()
-        exchange.await_rows(link, gradients=False)
-        index = index_slab(
-            slab.expert_WNK[rank].flatten(0, 1),
-            slab.count_W[rank],
+        """See `Exchange.finish`. Of many tokens, products begin with those that have come while others travel, and what
+        is done returns while the rest is computed."""
+        link, n_waves = self._link, _n_waves(slab)
+        if n_waves > 1:
+            exchange.await_choices(link)
+        else:
+            self._join()
+            exchange.await_rows(link, gradients=False)
+        index, waves = index_slab(
+            slab.expert_WNK[self._rank].flatten(0, 1),
+            slab.end_CW[self._rank][-n_waves:],
             w13_e2FD.shape[0],
             capacity,
             healthy=self._faults.healthy,
             record=self._faults.record,
         )
+        compute = self._compute_in_waves if n_waves > 1 else self._compute
+        pre_R2F = compute(slab, returns, index, waves, w13_e2FD, w2_eDF, keep)
+        return exchange.collect_rows(link, returns, plan, w2_eDF.shape[1]), Kept(plan, index, pre_R2F)
+
+    def _compute(
+        self,
+        slab: Slab,
+        returns: Returns,
+        index: RowIndex,
+        waves: Waves,
+        w13_e2FD: torch.Tensor,
+        w2_eDF: torch.Tensor,
+        keep: bool,
+    ) -> torch.Tensor:
+        """The experts and the return of their sums; gives the pre-activations."""
+        rank = self._rank
         activation_RF, pre_R2F = gemm.up(slab.x_WND[rank].flatten(0, 1), index, w13_e2FD, keep_pre=keep)
         y_RD = gemm.down(activation_RF, index, slab.gate_WNK[rank].flatten(0, 1), w2_eDF)
-        exchange.return_rows(link, returns, y_RD, index.row_TK, slab.count_W[rank])
-        return exchange.collect_rows(link, returns, plan, y_RD.shape[1]), Kept(plan, index, pre_R2F)
+        exchange.return_rows(self._link, returns, y_RD, index.row_TK, slab.count_W[rank])
+        return pre_R2F
+
+    def _compute_in_waves(
+        self,
+        slab: Slab,
+        returns: Returns,
+        index: RowIndex,
+        waves: Waves,
+        w13_e2FD: torch.Tensor,
+        w2_eDF: torch.Tensor,
+        keep: bool,
+    ) -> torch.Tensor:
+        """As `_compute`, while rows arrive and sums return."""
+        link, rank = self._link, self._rank
+        x_SD, gate_SK = slab.x_WND[rank].flatten(0, 1), slab.gate_WNK[rank].flatten(0, 1)
+        activation_RF, pre_R2F = gemm.up(x_SD, index, w13_e2FD, keep_pre=keep, arriving=(link, waves))
+        y_RD = x_SD.new_empty(activation_RF.shape[0], x_SD.shape[1])
+        for wave in range(waves.entry_C.shape[0] - 1):
+            gemm.down_wave(activation_RF, index, gate_SK, w2_eDF, y_RD, waves=waves, wave=wave)
+            with self._travelling():
+                exchange.return_wave(link, returns, y_RD, index.row_TK, slab.end_CW[rank], waves.ready_S, wave)
+        self._join()
+        return pre_R2F
 
     def send_gradients(self, slab: Slab, gradients: Slab, plan: Plan, dout_TD: torch.Tensor) -> None:
         """See `Exchange.send_gradients`."""
@@ -145,3 +187,7 @@ class GpuExchange:
     def _join(self) -> None:
         torch.cuda.current_stream(self._link.device).wait_stream(self._beside)
         self._sent = ()
+
+
+def _n_waves(slab: Slab) -> int:
+    return exchange.waves_for(slab.x_WND[0].shape[1])

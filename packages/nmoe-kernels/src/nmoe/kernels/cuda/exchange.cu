@@ -1,7 +1,8 @@
 // The exchange of token rows between the ranks of a host, by direct writes into the peers' memory.
 //
-//   dispatch      a token's row to each rank that owns an expert of it, once: slab[source][ordinal]
-//   await_rows    until the rows of all sources are there
+//   plan_tokens   a token's experts and gates to each rank that owns an expert of it, once: slab[source][ordinal]
+//   dispatch      its row likewise
+//   await_words   until the rows of all sources are there, or the sums of all owners
 //   return_rows   a slab row's rows of the experts summed, and sent back: returned[owner][ordinal]
 //   collect_rows  a token's returned rows summed over owners, in rank order
 //   clear_tail    zeros after the last routed row, which the weight gradients' products read
@@ -10,11 +11,11 @@
 // alone, and nothing is asked of the owner. Rows travel as bulk copies out of shared memory, which NVLink carries in
 // packets as long as it has. Flags: link.cuh. Every sum has one order.
 //
-// Letters: T tokens of this rank, D width, K slots, W ranks, N most tokens of a rank, S = W*N slab rows.
-// Macros choose the kernel, and say how it is made. PLAN: dispatch, which with 1 finds the ordinals and sends experts and
-// gates, with 0 sends rows alone, by ordinals that are known; STAGES are rows on their way a warp. SEND and GATES:
-// return_rows. GATES alone: collect_rows; RANKS is at least W, 2, 4 or 8. With GATES 1 these two carry the gates'
-// gradients too. TAIL: clear_tail. None of them: await_rows. WARPS are those of a block.
+// Letters: T tokens of this rank, D width, K slots, W ranks, N most tokens of a rank, S = W*N slab rows, C waves.
+// Macros choose the kernel, and say how it is made. PLAN and ROWS: plan_tokens (1, 0), dispatch by ordinals that are known
+// (0, 1), or both in one (1, 1); STAGES are rows on their way a warp. SEND, GATES and READY: return_rows, which with READY 1
+// sends only what became ready with a wave. GATES alone: collect_rows; RANKS is at least W, 2, 4 or 8. With GATES 1 these two carry the gates'
+// gradients too. TAIL: clear_tail. None of them: await_words. WARPS are those of a block.
 #include "link.cuh"
 #include "sm90.cuh"
 
@@ -29,6 +30,13 @@ __device__ __forceinline__ void add(float (&sum)[8], const uint4& piece) {
   for (int i = 0; i < 4; ++i) sum[2 * i] += bf16_low(words[i]), sum[2 * i + 1] += bf16_high(words[i]);
 }
 
+// Waits for what an owner returns. All that this rank was sent before has been read, as this comes after it in the stream;
+// one thread for each owner says so.
+__device__ __forceinline__ void await_sums(const Link& link, bool says, int owner, int number, Phase phase) {
+  if (says) post(link, CONSUMED, owner, number);
+  wait_for(link, RETURNED, owner, number, phase);
+}
+
 #if defined(PLAN)
 
 struct Params {
@@ -37,15 +45,33 @@ struct Params {
   const int* expert_TK;
   const float* gate_TK;
   int* ordinal_TW;                // -1: not sent there
-  int* count_W;                   // tokens sent to each owner
+  int* end_CW;                    // tokens sent to each owner up to the end of each wave
   char* slab_ND[MOST_RANKS];      // of each owner, this source's part
   int* slab_expert_NK[MOST_RANKS];
   float* slab_gate_NK[MOST_RANKS];
-  int* slab_count[MOST_RANKS];
+  int* slab_end_CW[MOST_RANKS];   // this source's column
   int* used[2];  // the slabs' words: the last exchange that needed what they hold. The first is written to; [1] may be null
-  unsigned* done;
-  int n_tokens, top_k, n_local, row_bytes;
+  unsigned* done;  // WAVES + 1 counters of blocks
+  int n_tokens, top_k, n_local, row_bytes, n_waves;
 };
+
+struct Run {
+  int first, last;
+};
+
+__device__ __forceinline__ int end_of_wave(int n_tokens, int wave, int n_waves) {
+  return static_cast<long long>(n_tokens) * (wave + 1) / n_waves;
+}
+
+// A block's tokens of a wave.
+__device__ __forceinline__ Run run_of(int n_tokens, int wave, int n_waves) {
+  const int begin = end_of_wave(n_tokens, wave - 1, n_waves), end = end_of_wave(n_tokens, wave, n_waves);
+  const int size = (end - begin + gridDim.x - 1) / gridDim.x;
+  const int first = smaller(begin + blockIdx.x * size, end);
+  return {first, smaller(first + size, end)};
+}
+
+#if PLAN
 
 // Which owners a token goes to, a bit each.
 __device__ __forceinline__ unsigned owners_of(const int* expert_K, int top_k, int n_local) {
@@ -54,9 +80,7 @@ __device__ __forceinline__ unsigned owners_of(const int* expert_K, int top_k, in
   return owners;
 }
 
-#if PLAN
-
-// Ordinals of the block's tokens `first` to `last`, and after the last block's the counts.
+// Ordinals of the block's tokens `first` to `last`, and what has been sent at the ends of waves.
 __device__ __forceinline__ void plan(const Params& p, int first, int last) {
   __shared__ int sum_W[MOST_RANKS], of_warp[WARPS][MOST_RANKS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, world = p.link.world;
@@ -75,6 +99,7 @@ __device__ __forceinline__ void plan(const Params& p, int first, int last) {
     const int sum = __reduce_add_sync(FULL, before_W[w]);
     if (lane == 0 && sum) atomicAdd(&sum_W[w], sum);
   }
+  __syncthreads();
   for (int begin = first; begin < last; begin += WARPS * 32) {
     const int t = begin + threadIdx.x;
     const unsigned owners = t < last ? owners_of(p.expert_TK + t * p.top_k, p.top_k, p.n_local) : 0;
@@ -87,7 +112,11 @@ __device__ __forceinline__ void plan(const Params& p, int first, int last) {
       const unsigned sent = __ballot_sync(FULL, owners >> w & 1);
       int ordinal = sum_W[w] + __popc(sent & ((1u << lane) - 1));
       for (int other = 0; other < warp; ++other) ordinal += of_warp[other][w];
-      if (t < last) p.ordinal_TW[t * world + w] = owners >> w & 1 ? ordinal : -1;
+      if (t >= last) continue;
+      p.ordinal_TW[t * world + w] = owners >> w & 1 ? ordinal : -1;
+      for (int c = 0; c < WAVES; ++c) {
+        if (t + 1 == end_of_wave(p.n_tokens, c, WAVES)) p.end_CW[c * world + w] = ordinal + (owners >> w & 1);
+      }
     }
     __syncthreads();
     if (threadIdx.x < world) {
@@ -95,22 +124,44 @@ __device__ __forceinline__ void plan(const Params& p, int first, int last) {
     }
     __syncthreads();
   }
-  if (blockIdx.x == gridDim.x - 1 && threadIdx.x < world) p.count_W[threadIdx.x] = sum_W[threadIdx.x];
+  if (blockIdx.x == 0 && threadIdx.x < world) {
+    for (int c = 0; c < WAVES; ++c) {
+      if (end_of_wave(p.n_tokens, c, WAVES) == 0) p.end_CW[c * world + threadIdx.x] = 0;
+    }
+  }
   __syncthreads();
+}
+
+// A token's experts and gates, a slot a lane, to its owners, an ordinal a lane.
+__device__ __forceinline__ void send_choices(const Params& p, int ordinal, int expert, float gate) {
+  const int lane = threadIdx.x % 32;
+  for (int w = 0; w < p.link.world; ++w) {
+    const int place = __shfl_sync(FULL, ordinal, w);
+    if (place < 0 || lane >= p.top_k) continue;
+    const int local = expert - w * p.n_local;
+    p.slab_expert_NK[w][place * p.top_k + lane] = local >= 0 && local < p.n_local ? local : -1;
+    p.slab_gate_NK[w][place * p.top_k + lane] = gate;
+  }
+}
+
+// By a thread for each owner, when all blocks have planned.
+__device__ __forceinline__ void send_ends(const Params& p, int owner) {
+  const int world = p.link.world;
+  for (int c = 0; c < WAVES; ++c)
+    p.slab_end_CW[owner][c * world] = *static_cast<volatile int*>(p.end_CW + c * world + owner);
 }
 
 #endif  // PLAN
 
-// Dynamic shared memory: a row for each warp and stage. Each block has a run of tokens; its warps take them in turn.
-// Lane w of a warp sends a row to owner w.
+#if ROWS
+
+// Dynamic shared memory: a row for each warp and stage. Each block has a run of a wave's tokens; its warps take them in
+// turn. Lane w of a warp sends a row to owner w.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) dispatch(const __grid_constant__ Params p) {
   extern __shared__ __align__(128) char rows[];
   __shared__ __align__(8) u64 barriers[WARPS][STAGES];
   constexpr int AHEAD = STAGES / 2;  // rows that are read before they are sent
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, world = p.link.world;
-  const int number = *p.link.sequence + 1;
-  const int size = (p.n_tokens + gridDim.x - 1) / gridDim.x;
-  const int first = smaller(blockIdx.x * size, p.n_tokens), last = smaller(first + size, p.n_tokens);
 
   const u32 slots = shared_address(rows) + warp * STAGES * p.row_bytes, barrier = shared_address(barriers[warp]);
   if (lane == 0) {
@@ -119,59 +170,93 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) dispatch(const __gri
     fence_proxy_async();
   }
   __syncwarp();
-  const int mine = (last - first - warp + WARPS - 1) / WARPS;  // tokens of this warp; none where not positive
-  auto load = [&](int i, int slot) {
+  wait_for_stream();
+  const int number = *p.link.sequence + 1;
+  Run run = run_of(p.n_tokens, 0, p.n_waves);
+  int handled = 0;  // rows of this warp, of all waves
+  auto load = [&](int i) {
+    const int slot = (handled + i) % STAGES;
     barrier_expect(barrier + 8 * slot, p.row_bytes);
-    bulk_load(slots + slot * p.row_bytes, p.x_TD + static_cast<long long>(first + warp + i * WARPS) * p.row_bytes,
+    bulk_load(slots + slot * p.row_bytes, p.x_TD + static_cast<long long>(run.first + warp + i * WARPS) * p.row_bytes,
               p.row_bytes, barrier + 8 * slot);
   };
-  if (lane == 0) {
-    for (int i = 0; i < AHEAD && i < mine; ++i) load(i, i);
-  }
+  auto begin = [&] {
+    const int mine = max(0, (run.last - run.first - warp + WARPS - 1) / WARPS);
+    if (lane == 0) {
+      for (int i = 0; i < AHEAD && i < mine; ++i) load(i);
+    }
+    return mine;
+  };
+  int mine = begin();  // tokens of this warp in this wave
 #if PLAN
-  plan(p, first, last);
+  plan(p, run.first, run.last);
 #endif
   if (threadIdx.x < world) wait_for(p.link, CONSUMED, threadIdx.x, *p.used[0], CONSUMPTION);
   __syncthreads();
+  // All blocks are on the GPU, and need nothing else to come to their end: owners may begin, and wait while they compute.
+  if (p.n_waves > 1 && last_block(p.done + WAVES) && threadIdx.x < world)
+    post(p.link, ARRIVED, threadIdx.x, arrival(number, CHOICES));
 
   char* const slab = lane < world ? p.slab_ND[lane] : nullptr;
-  for (int i = 0; i < mine; ++i) {
-    const int t = first + warp + i * WARPS, slot = i % STAGES;
-    const int ordinal = lane < world ? p.ordinal_TW[t * world + lane] : -1;
+  for (int wave = 0;; mine = begin()) {
+    for (int i = 0; i < mine; ++i) {
+      const int t = run.first + warp + i * WARPS, slot = (handled + i) % STAGES;
+      const int ordinal = lane < world ? p.ordinal_TW[t * world + lane] : -1;
 #if PLAN
-    const int expert = lane < p.top_k ? p.expert_TK[t * p.top_k + lane] : 0;
-    const float gate = lane < p.top_k ? p.gate_TK[t * p.top_k + lane] : 0.0f;
+      const int expert = lane < p.top_k ? p.expert_TK[t * p.top_k + lane] : 0;
+      const float gate = lane < p.top_k ? p.gate_TK[t * p.top_k + lane] : 0.0f;
 #endif
-    if (i + AHEAD < mine) {
-      // The slot's last row left AHEAD rows ago.
-      tma_store_wait<STAGES - AHEAD - 1>();
-      __syncwarp();
-      if (lane == 0) load(i + AHEAD, (i + AHEAD) % STAGES);
-    }
-    barrier_wait(barrier + 8 * slot, i / STAGES & 1);
-    if (ordinal >= 0) bulk_store(slab + static_cast<long long>(ordinal) * p.row_bytes, slots + slot * p.row_bytes, p.row_bytes);
-    tma_store_commit();
-#if PLAN
-    for (int w = 0; w < world; ++w) {
-      const int place = __shfl_sync(FULL, ordinal, w);
-      if (place >= 0 && lane < p.top_k) {
-        const int local = expert - w * p.n_local;
-        p.slab_expert_NK[w][place * p.top_k + lane] = local >= 0 && local < p.n_local ? local : -1;
-        p.slab_gate_NK[w][place * p.top_k + lane] = gate;
+      if (i + AHEAD < mine) {
+        // The slot's last row left AHEAD rows ago.
+        tma_store_wait<STAGES - AHEAD - 1>();
+        __syncwarp();
+        if (lane == 0) load(i + AHEAD);
       }
-    }
-#endif
-  }
-  bulk_store_wait();
-
-  if (last_block(p.done) && threadIdx.x < world) {
+      barrier_wait(barrier + 8 * slot, (handled + i) / STAGES & 1);
+      if (ordinal >= 0) bulk_store(slab + static_cast<long long>(ordinal) * p.row_bytes, slots + slot * p.row_bytes, p.row_bytes);
+      tma_store_commit();
 #if PLAN
-    *p.slab_count[threadIdx.x] = *static_cast<volatile int*>(p.count_W + threadIdx.x);
+      send_choices(p, ordinal, expert, gate);
 #endif
-    post(p.link, ARRIVED, threadIdx.x, number);
+    }
+    bulk_store_wait();
+    const bool posts = last_block(p.done + wave) && threadIdx.x < world;
+    if (++wave < p.n_waves) {
+      if (posts) post(p.link, ARRIVED, threadIdx.x, arrival(number, wave));
+      handled += mine;
+      run = run_of(p.n_tokens, wave, p.n_waves);
+      continue;
+    }
+    if (!posts) return;
+#if PLAN
+    send_ends(p, threadIdx.x);
+#endif
+    post(p.link, ARRIVED, threadIdx.x, arrival(number, ALL));
     if (threadIdx.x < 2 && p.used[threadIdx.x] != nullptr) *p.used[threadIdx.x] = number;
+    return;
   }
 }
+
+#else
+
+// The plan alone, with experts and gates, which the dispatch of the rows announces.
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) plan_tokens(const __grid_constant__ Params p) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, world = p.link.world;
+  wait_for_stream();
+  const Run run = run_of(p.n_tokens, 0, 1);
+  plan(p, run.first, run.last);
+  if (threadIdx.x < world) wait_for(p.link, CONSUMED, threadIdx.x, *p.used[0], CONSUMPTION);
+  __syncthreads();
+  for (int t = run.first + warp; t < run.last; t += WARPS) {
+    const int ordinal = lane < world ? p.ordinal_TW[t * world + lane] : -1;
+    const int expert = lane < p.top_k ? p.expert_TK[t * p.top_k + lane] : 0;
+    const float gate = lane < p.top_k ? p.gate_TK[t * p.top_k + lane] : 0.0f;
+    send_choices(p, ordinal, expert, gate);
+  }
+  if (last_block(p.done) && threadIdx.x < world) send_ends(p, threadIdx.x);
+}
+
+#endif  // ROWS
 
 #elif defined(GATES) && defined(SEND)
 
@@ -179,12 +264,14 @@ struct Params {
   Link link;
   const uint4* y_RD;
   const int* row_SK;         // -1: no row of this rank
-  const int* count_W;        // rows that came from each source
+  const int* count_W;        // rows that came from each source, up to the end of the wave
+  const int* ready_S;        // READY: the wave with which a slab row may return
   const float* partial_PR;   // P parts of each row's gate gradient
   char* returned_ND[MOST_RANKS];    // at each source, this owner's part
   float* returned_gate_NK[MOST_RANKS];
   unsigned* done;
   int most_tokens, top_k, row_pieces, n_partials, n_rows;  // N, K, 16-byte pieces of a row, P, R
+  int wave, ends;  // READY: the wave; whether nothing returns after this
 };
 
 // Dynamic shared memory: two rows a warp. A warp takes one slab row at a time; neighbours go to different sources.
@@ -192,12 +279,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) return_rows(const __
   extern __shared__ __align__(128) uint4 rows[];
   constexpr int AT_ONCE = 4;  // pieces of a row that a lane sums beside each other
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, world = p.link.world;
+  wait_for_stream();
   int most = 0;
   for (int w = 0; w < world; ++w) most = max(most, p.count_W[w]);
   int turn = 0;
-  for (int item = blockIdx.x * WARPS + warp; item < most * world; item += gridDim.x * WARPS) {
-    const int source = item % world, ordinal = item / world;
-    if (ordinal >= p.count_W[source]) continue;
+  auto send = [&](int source, int ordinal) {
     const int* const row_K = p.row_SK + (static_cast<long long>(source) * p.most_tokens + ordinal) * p.top_k;
     const int row = lane < p.top_k ? row_K[lane] : -1;
     const unsigned here = __ballot_sync(FULL, row >= 0);
@@ -251,9 +337,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) return_rows(const __
       p.returned_gate_NK[source][static_cast<long long>(ordinal) * p.top_k + lane] = sum;
     }
 #endif
+  };
+  const int stride = gridDim.x * WARPS;
+  auto returns = [&](int item) {
+    const int source = item % world, ordinal = item / world;
+    if (item >= most * world || ordinal >= p.count_W[source]) return false;
+#if READY
+    return p.ready_S[static_cast<long long>(source) * p.most_tokens + ordinal] == p.wave;
+#else
+    return true;
+#endif
+  };
+  bool next = returns(blockIdx.x * WARPS + warp);
+  for (int item = blockIdx.x * WARPS + warp; item < most * world; item += stride) {
+    const bool now = next;
+    next = returns(item + stride);  // asked for early: most rows of a wave are told apart while others are sent
+    if (now) send(item % world, item / world);
   }
   bulk_store_wait();
-  if (last_block(p.done) && threadIdx.x < world) post(p.link, RETURNED, threadIdx.x, *p.link.sequence + 1);
+  if (p.ends && last_block(p.done) && threadIdx.x < world) post(p.link, RETURNED, threadIdx.x, *p.link.sequence + 1);
 }
 
 #elif defined(GATES)
@@ -268,18 +370,16 @@ struct Params {
   float* dgate_TK;
   unsigned* done;
   int n_tokens, most_tokens, top_k, n_local, row_pieces;
+  int waits;  // whether no await_words came before
 };
 
-// A grid that is small enough to stand beside everything else on the GPU: its blocks wait. A warp takes a token.
+// A warp takes a token. Few tokens are few blocks, which then may wait themselves.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3) collect_rows(const __grid_constant__ Params p) {
   constexpr int AT_ONCE = 8 / RANKS;  // pieces of a token that a lane sums beside each other
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, world = p.link.world;
+  wait_for_stream();
   const int number = *p.link.sequence + 1;
-  if (threadIdx.x < world) {
-    // All that this rank was sent before has been read: this kernel comes after it in its stream.
-    if (blockIdx.x == 0) post(p.link, CONSUMED, threadIdx.x, number);
-    wait_for(p.link, RETURNED, threadIdx.x, number, GATES ? GRADIENT_RETURN : RETURN);
-  }
+  if (p.waits && threadIdx.x < world) await_sums(p.link, blockIdx.x == 0, threadIdx.x, number, GATES ? GRADIENT_RETURN : RETURN);
   __syncthreads();
   for (int t = blockIdx.x * WARPS + warp; t < p.n_tokens; t += gridDim.x * WARPS) {
     const int ordinal = lane < world ? p.ordinal_TW[t * world + lane] : -1;
@@ -342,13 +442,20 @@ extern "C" __global__ void __launch_bounds__(256) clear_tail(const __grid_consta
 
 struct Params {
   Link link;
-  int phase;
+  int phase, part;
 };
 
-// One warp: what follows it in the stream finds all rows.
-extern "C" __global__ void __launch_bounds__(32) await_rows(const __grid_constant__ Params p) {
-  if (threadIdx.x < p.link.world)
-    wait_for(p.link, ARRIVED, threadIdx.x, *p.link.sequence + 1, static_cast<Phase>(p.phase));
+// One warp: what follows it in the stream finds all that this phase brings.
+extern "C" __global__ void __launch_bounds__(32) await_words(const __grid_constant__ Params p) {
+  // A return must not fill the GPU with blocks that stand there until this wait ends, so nothing is let go ahead here.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (threadIdx.x >= p.link.world) return;
+  const Phase phase = static_cast<Phase>(p.phase);
+  const int number = *p.link.sequence + 1;
+  if (phase == RETURN || phase == GRADIENT_RETURN)
+    await_sums(p.link, true, threadIdx.x, number, phase);
+  else
+    wait_for(p.link, ARRIVED, threadIdx.x, arrival(number, p.part), phase);
 }
 
 #endif

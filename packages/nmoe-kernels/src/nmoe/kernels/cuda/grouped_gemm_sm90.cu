@@ -13,8 +13,18 @@
 //   EPILOGUE   STORE, SWIGLU, DSWIGLU
 //   KEEP_PRE   SWIGLU: 1 writes the pre-activation too
 //   SCALE      STORE: 1 multiplies each row by its gate
+//   ARRIVAL    of rows that other ranks send: NONE, all are there; AWAITED, each tile waits for the wave that its rows come
+//              with (exchange.cu); ONE_WAVE, the tiles of one wave alone
 // Letters: R rows, N columns of the product, F expert width.
 #include "tile_queue.cuh"
+
+#define NONE 0
+#define AWAITED 1
+#define ONE_WAVE 2
+
+#if ARRIVAL == AWAITED
+#include "link.cuh"
+#endif
 
 #define STORE 0
 #define SWIGLU 1
@@ -38,6 +48,12 @@ struct Params {
   int columns;  // N, or F for SWIGLU and DSWIGLU
   int n_rows;  // R, the stride of `partial`
   int n_tiles;  // of a block of the schedule: its halves, if tiles are that low, times the column tiles
+#if ARRIVAL == AWAITED
+  Link link;
+  int n_waves;
+#elif ARRIVAL == ONE_WAVE
+  const int* range;  // first block of the schedule, and the first after the last
+#endif
 };
 
 namespace {
@@ -69,17 +85,40 @@ struct Tile {
 
 __device__ __forceinline__ Tile as_tile(int4 v) { return {v.x, v.y, v.z, v.w}; }
 
-__device__ __forceinline__ int take_number(const Params& p) { return TileQueue::take(p.counter, p.schedule[0] * p.n_tiles); }
+#if ARRIVAL == ONE_WAVE
+__device__ __forceinline__ int first_block(const Params& p) { return p.range[0]; }
+__device__ __forceinline__ int block_count(const Params& p) { return p.range[1] - p.range[0]; }
+#else
+__device__ __forceinline__ int first_block(const Params&) { return 0; }
+__device__ __forceinline__ int block_count(const Params& p) { return p.schedule[0]; }
+#endif
 
-// Tile `t`, or the next one that has rows.
-__device__ __forceinline__ int4 look_up(const Params& p, int t) {
+__device__ __forceinline__ int take_number(const Params& p) { return TileQueue::take(p.counter, block_count(p) * p.n_tiles); }
+
+#if ARRIVAL == AWAITED
+// What one thread does before it hands out a tile of wave `wave`. Dispatch is on all GPUs by now, and ends without them.
+__device__ __forceinline__ void await_wave(const Params& p, int wave) {
+  const int part = wave == p.n_waves - 1 ? ALL : wave + 1, wanted = arrival(*p.link.sequence + 1, part);
+  for (int source = 0; source < p.link.world; ++source) wait_for(p.link, ARRIVED, source, wanted, DISPATCH);
+}
+#endif
+
+// Tile `t`, or the next one that has rows. `waves` counts those that are known to be there.
+__device__ __forceinline__ int4 look_up(const Params& p, int t, int& waves) {
   for (;; t = take_number(p)) {
     const int block = t / p.n_tiles, rest = t - block * p.n_tiles, n_columns = p.n_tiles / kParts;
-    if (block >= p.schedule[0]) return make_int4(0, 0, 0, 0);
+    if (block >= block_count(p)) return make_int4(0, 0, 0, 0);
     const int part = rest >= n_columns;
-    const int4 entry = reinterpret_cast<const int4*>(p.schedule)[kHead / 4 + block];
+    const int4 entry = reinterpret_cast<const int4*>(p.schedule)[kHead / 4 + first_block(p) + block];
     const int rows = min(TILE_M, entry.z - part * TILE_M);
-    if (rows > 0) return make_int4(entry.x, entry.y + part * TILE_M, rows, (rest - part * n_columns) * kTileColumns);
+    if (rows <= 0) continue;
+#if ARRIVAL == AWAITED
+    if (entry.w >= waves) {
+      await_wave(p, entry.w);
+      waves = entry.w + 1;
+    }
+#endif
+    return make_int4(entry.x, entry.y + part * TILE_M, rows, (rest - part * n_columns) * kTileColumns);
   }
 }
 
@@ -122,7 +161,8 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
   const int row = thread / 8, chunk = thread % 8;
   const u32 place = stages + row * 128 + ((chunk ^ (row & 7)) << 4);
   Ring<STAGES> ring;
-  if (thread == 0) queue.send(look_up(p, take_number(p)), 0);
+  int waves = 0;
+  if (thread == 0) queue.send(look_up(p, take_number(p), waves), 0);
   while (true) {
     const Tile tile = as_tile(queue.receive());
     if (tile.rows == 0) break;
@@ -158,7 +198,7 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
       copy_async_arrive(ready);
 #endif
     }
-    if (thread == 0) queue.send(look_up(p, next), queue.n);
+    if (thread == 0) queue.send(look_up(p, next, waves), queue.n);
 #if EPILOGUE == DSWIGLU
     // The pre-activations follow in the same ring: gate and up of 64 rows and 64 columns for each warpgroup.
 #pragma unroll 1

@@ -2,7 +2,8 @@
 //
 // Exchanges are numbered from 1, on the device, alike on all ranks. A word holds the number of the last exchange of which
 // it tells: that a source's rows have arrived, that an owner's sums have returned, or that an owner has read all that it
-// was sent. Words only grow (in the sense of wrapping integers), so that nobody need ever reset one.
+// was sent. ARRIVED counts in parts of an exchange, as rows may come in waves. Words only grow (in the sense of wrapping
+// integers), so that nobody need ever reset one.
 //
 // Every wait has a deadline. Past it the missing rank is written into the record that the host reads, `healthy` becomes 0,
 // and no later wait waits: the device comes to its end, and the host learns why.
@@ -13,6 +14,8 @@ typedef unsigned long long u64;
 
 constexpr int MOST_RANKS = 8;
 enum Word { ARRIVED, RETURNED, CONSUMED };
+constexpr int WAVES = 2;
+enum Part { CHOICES, /* c: the waves before c, */ ALL = 7, PARTS };
 enum Phase { DISPATCH, RETURN, GRADIENT_DISPATCH, GRADIENT_RETURN, CONSUMPTION };
 
 struct Link {
@@ -42,6 +45,11 @@ __device__ __forceinline__ void store_release(int* to, int x) {
 }
 
 __device__ __forceinline__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// What ARRIVED holds once part `part` of exchange `number` is there.
+__device__ __forceinline__ int arrival(int number, int part) {
+  return static_cast<int>(static_cast<unsigned>(number) * PARTS + part);
+}
 
 __device__ __forceinline__ void report_fault(const Link& link, int code, int a, int b, int c, int d) {
   *link.healthy = 0;
@@ -73,18 +81,24 @@ __device__ __forceinline__ void post(const Link& link, Word word, int to, int nu
   store_release(link.words[to] + word * link.world + link.rank, number);
 }
 
+// What a kernel that was launched early does first, before it touches memory: waits until the kernels ahead of it in its
+// stream have ended. What follows may then be set up, as long as it waits likewise.
+__device__ __forceinline__ void wait_for_stream() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // Called by all threads of all blocks once each has written what it has to write, bulk copies waited for. True, in all
-// threads of one block, for the block that is the last to come: what it posts then tells of what all have written.
+// threads of one block, for the block that is the last to come: what it posts then tells of what all have written, as
+// causality order is transitive (PTX ISA, "Memory Consistency Model"): the release in `post` needs the system's scope alone.
 __device__ __forceinline__ bool last_block(unsigned* done) {
   __shared__ bool last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    fence_system();  // of the block's writes, which the barrier has ordered before
     const unsigned blocks = gridDim.x;
     unsigned before;
     asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(done), "r"(blocks - 1) : "memory");
     last = before == blocks - 1;
-    if (last) fence_system();
   }
   __syncthreads();
   return last;

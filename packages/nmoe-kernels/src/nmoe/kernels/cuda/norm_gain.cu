@@ -1,6 +1,5 @@
 // Sums over rows of partial sums, and puts them where a gain's gradient goes: each column's in one order, so that same
-// inputs give same bits. Macros: MOST_PARTIALS, rows there may be; AT_ONCE, 0 or 1: a thread's loads all leave before it
-// waits for one, where in a loop each waits for the one before.
+// inputs give same bits. Macro: MOST_PARTIALS, rows there may be.
 #include "bf16.cuh"
 
 constexpr u32 WARPS = 32;
@@ -25,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_gain(const __grid_
   if (writer && p.how == ADD) before = static_cast<const float*>(p.out)[writes];
   float sum = 0.0f;
   if (reads < p.width) {
-#if AT_ONCE
+    // All loads leave before the first is waited for.
     float part[PER_WARP];
 #pragma unroll
     for (u32 i = 0; i < PER_WARP; ++i) {
@@ -34,9 +33,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) norm_gain(const __grid_
     }
 #pragma unroll
     for (u32 i = 0; i < PER_WARP; ++i) sum += part[i];
-#else
-    for (u32 row = warp; row < p.partials; row += WARPS) sum += p.partial[row * p.width + reads];
-#endif
   }
   sums[warp][lane] = sum;
   __syncthreads();

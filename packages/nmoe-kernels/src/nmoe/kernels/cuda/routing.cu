@@ -7,8 +7,9 @@
 //
 // Macros: CHUNKS; BLOCK_ROWS, rows of one schedule entry; SCHEDULE_HEAD, words before the first; SLOTS (only of a compile
 // for `route`), experts per lane of the quick selection (4, 8 or 16), 0 for none; SLAB (only of one for `count_rows` or
-// `index_rows`): 1 orders what other ranks sent. The tokens are then the slab's rows, N for each source, of which the
-// first `count` are there; an expert of -1 is another rank's; and if there are more rows than `capacity`, none is ordered.
+// `index_rows`): 1 orders what other ranks sent. The tokens are then the slab's rows, N for each source, of which those up
+// to the last wave's end are there; an expert of -1 is another rank's; an expert's rows stand by wave first, so that E
+// counts pairs of expert and wave; and if there are more rows than `capacity`, none is ordered.
 
 constexpr unsigned FULL = 0xffffffffu;
 
@@ -305,30 +306,70 @@ struct IndexParams {
   int n_tokens, n_experts, top_k;
 #if SLAB
   int most_tokens, capacity;  // N, R
-  const int* count_W;
+  int n_waves, world;
+  const int* end_CW;  // rows of each source up to the end of a wave
+  int* by_wave;       // the schedule, in another order
+  int* entry_C;       // first entry of each wave there, and the number of entries
+  int* ready_S;       // the wave in which the last of a slab row's rows is computed
   int* healthy;
   int* record;  // of faults: see link.cuh
 #endif
 };
 
-// The expert of a flat row index; negative: there is no such row here.
-__device__ __forceinline__ int expert_at(const IndexParams& p, int i) {
 #if SLAB
-  const int token = i / p.top_k, source = token / p.most_tokens;
-  if (token - source * p.most_tokens >= p.count_W[source]) return -1;
-#endif
-  return p.expert_TK[i];
+
+constexpr int MOST_ENDS = 32;
+
+// A copy of end_CW that is near. All threads of the block call it.
+__device__ __forceinline__ const int* near_ends(const IndexParams& p) {
+  __shared__ int end_CW[MOST_ENDS];
+  if (threadIdx.x < p.n_waves * p.world) end_CW[threadIdx.x] = p.end_CW[threadIdx.x];
+  __syncthreads();
+  return end_CW;
 }
+
+#endif  // SLAB
+
+// The expert of a flat row index, or its pair with the wave; negative: there is no such row here.
+__device__ __forceinline__ int expert_at(const IndexParams& p, const int* end_CW, int i) {
+#if SLAB
+  const int token = i / p.top_k, source = token / p.most_tokens, ordinal = token - source * p.most_tokens;
+  int wave = 0;
+  while (wave < p.n_waves && ordinal >= end_CW[wave * p.world + source]) ++wave;
+  const int expert = p.expert_TK[i];
+  return wave == p.n_waves || expert < 0 ? -1 : expert * p.n_waves + wave;
+#else
+  return p.expert_TK[i];
+#endif
+}
+
+#if SLAB
+
+// Schedule entries of an expert that can be computed once waves up to `wave` are there; `offset_C`: its pairs' first rows.
+__device__ __forceinline__ int entries_up_to(const int* offset_C, int wave, int n_waves) {
+  const int rows = offset_C[wave + 1] - offset_C[0];
+  return wave == n_waves - 1 ? (rows + BLOCK_ROWS - 1) / BLOCK_ROWS : rows / BLOCK_ROWS;
+}
+
+#endif  // SLAB
 
 // Dynamic shared memory: counts (E).
 extern "C" __global__ void __launch_bounds__(1024) count_rows(const __grid_constant__ IndexParams p) {
   extern __shared__ int count_E[];
+#if SLAB
+  const int* const end_CW = near_ends(p);
+#else
+  const int* const end_CW = nullptr;
+#endif
   for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) count_E[e] = 0;
   __syncthreads();
   const Chunk chunk = chunk_of(blockIdx.x, p.n_tokens);
   for (int i = chunk.first * p.top_k + threadIdx.x; i < chunk.last * p.top_k; i += blockDim.x) {
-    const int expert = expert_at(p, i);
+    const int expert = expert_at(p, end_CW, i);
     if (!SLAB || expert >= 0) atomicAdd(&count_E[expert], 1);
+#if SLAB
+    if (i % p.top_k == 0) p.ready_S[i / p.top_k] = 0;
+#endif
   }
   __syncthreads();
   for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) p.histogram_BE[blockIdx.x * p.n_experts + e] = count_E[e];
@@ -359,6 +400,11 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
   extern __shared__ int shared[];
   __shared__ Pair scratch[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, n = p.n_experts;
+#if SLAB
+  const int* const end_CW = near_ends(p);
+#else
+  const int* const end_CW = nullptr;
+#endif
   int* const before_E = shared;            // rows of earlier chunks
   int* const offset_E = before_E + n;      // first rows of all, then the first row of each expert
   int* const entry_E = offset_E + n + 1;   // first schedule entry of each expert
@@ -371,7 +417,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
   const int part = ((last - first + warps - 1) / warps + 31) / 32 * 32;
   const int part_first = smaller(first + warp * part, last), part_last = smaller(part_first + part, last);
   for (int i = part_first + lane; i < part_last; i += 32) {
-    const int expert = expert_at(p, i);
+    const int expert = expert_at(p, end_CW, i);
     if (!SLAB || expert >= 0) atomicAdd(&cursor_E[warp * n + expert], 1);
   }
 
@@ -432,10 +478,37 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     if (e == n - 1) offset_E[n] = at.rows, entry_E[n] = at.blocks;
   }
   __syncthreads();
+#if SLAB
+  // Entries belong to the wave of their last row. They are written twice, by expert, and by wave and expert: entry_E has
+  // the first of each (wave, expert) there, number wave * experts + expert here; first_E the first of each expert.
+  const int waves = p.n_waves, experts = n / waves;
+  int* const first_E = before_E;
+  auto entries_of = [&](int number) {
+    const int wave = number / experts;
+    const int* const offset_C = offset_E + number % experts * waves;
+    return entries_up_to(offset_C, wave, waves) - (wave ? entries_up_to(offset_C, wave - 1, waves) : 0);
+  };
+  const int x_each = (experts + threads - 1) / threads;
+  const int x_first = smaller(threadIdx.x * x_each, experts), x_last = smaller(x_first + x_each, experts);
+  Pair entries = {0, 0};  // by expert, by wave
+  for (int e = x_first; e < x_last; ++e) entries.rows += entries_up_to(offset_E + e * waves, waves - 1, waves);
+  for (int i = e_first; i < e_last; ++i) entries.blocks += entries_of(i);
+  entries = scan_before(entries, scratch);
+  for (int e = x_first; e < x_last; ++e) {
+    first_E[e] = entries.rows;
+    entries.rows += entries_up_to(offset_E + e * waves, waves - 1, waves);
+  }
+  for (int i = e_first; i < e_last; ++i) {
+    entry_E[i] = entries.blocks;
+    entries.blocks += entries_of(i);
+    if (i == n - 1) entry_E[n] = entries.blocks;
+  }
+  __syncthreads();
+#endif
 
   for (int at_32 = part_first; at_32 < part_last; at_32 += 32) {
     const int i = at_32 + lane;
-    int expert = i < part_last ? expert_at(p, i) : -1;
+    int expert = i < part_last ? expert_at(p, end_CW, i) : -1;
 #if SLAB
     if (full) expert = -1;
     if (expert < 0 && i < part_last) p.row_TK[i] = -1;
@@ -447,12 +520,36 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
       p.order_R[row] = i;
       p.token_R[row] = i / p.top_k;
       p.row_TK[i] = row;
+#if SLAB
+      const int* const offset_C = offset_E + expert / waves * waves;
+      int ready = expert % waves;
+      while ((row - offset_C[0]) / BLOCK_ROWS >= entries_up_to(offset_C, ready, waves)) ++ready;
+      atomicMax(&p.ready_S[i / p.top_k], ready);
+#endif
     }
     __syncwarp();  // all have read the cursor
     if (expert >= 0 && earlier == 0) cursor_E[warp * n + expert] += __popc(same);
     __syncwarp();
   }
 
+#if SLAB
+  for (int number = blockIdx.x; number < n; number += CHUNKS) {
+    const int wave = number / experts, e = number % experts;
+    const int* const offset_C = offset_E + e * waves;
+    const int before = wave ? entries_up_to(offset_C, wave - 1, waves) : 0, here = entries_of(number);
+    for (int b = threadIdx.x; b < here; b += blockDim.x) {
+      const int first = offset_C[0] + (before + b) * BLOCK_ROWS;
+      const int4 entry = make_int4(e, first, smaller(BLOCK_ROWS, offset_C[waves] - first), wave);
+      reinterpret_cast<int4*>(p.schedule)[SCHEDULE_HEAD / 4 + first_E[e] + before + b] = entry;
+      reinterpret_cast<int4*>(p.by_wave)[SCHEDULE_HEAD / 4 + entry_E[number] + b] = entry;
+    }
+  }
+  if (blockIdx.x == 0) {
+    for (int e = threadIdx.x; e <= experts; e += blockDim.x) p.offset_E[e] = offset_E[e * waves];
+    if (threadIdx.x <= waves) p.entry_C[threadIdx.x] = entry_E[threadIdx.x * experts];
+    if (threadIdx.x < SCHEDULE_HEAD) p.schedule[threadIdx.x] = p.by_wave[threadIdx.x] = threadIdx.x == 0 ? entry_E[n] : 0;
+  }
+#else
   for (int e = blockIdx.x; e < n; e += CHUNKS) {
     const int entries = entry_E[e + 1] - entry_E[e];
     for (int b = threadIdx.x; b < entries; b += blockDim.x) {
@@ -465,6 +562,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     for (int e = threadIdx.x; e <= n; e += blockDim.x) p.offset_E[e] = offset_E[e];
     if (threadIdx.x < SCHEDULE_HEAD) p.schedule[threadIdx.x] = threadIdx.x == 0 ? entry_E[n] : 0;
   }
+#endif
 }
 
 #endif  // SLOTS

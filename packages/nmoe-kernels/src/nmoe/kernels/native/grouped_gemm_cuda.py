@@ -9,9 +9,11 @@ Shapes: T tokens, D model width, F expert width, e experts, K experts per token,
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
-from nmoe.kernels.native.routing_cuda import BLOCK_ROWS, RowIndex
+from nmoe.kernels.native.exchange_cuda import BLOCKS_BESIDE, Link, LinkParams
+from nmoe.kernels.native.routing_cuda import BLOCK_ROWS, RowIndex, Waves
 from nmoe.kernels.native.tiles import CANDIDATES, Tile, choose_tile
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap, tensor_map
@@ -26,14 +28,18 @@ _QUEUE_BYTES = 64  # of tile_queue.cuh
 _CHUNK_ROWS = 16  # of what a warp writes at a time, 128 bytes each
 _STAGING_BYTES = 8 * 2 * _CHUNK_ROWS * 128  # eight warps' two chunks
 _STORE, _SWIGLU, _DSWIGLU = range(3)
+_NONE, _AWAITED, _ONE_WAVE = range(3)
 
-# Product to GATHER, WEIGHT_MN, EPILOGUE, KEEP_PRE, SCALE.
+# Product to GATHER, WEIGHT_MN, EPILOGUE, KEEP_PRE, SCALE, ARRIVAL.
 _GEMMS = {
-    "up": (1, 0, _SWIGLU, 0, 0),
-    "up_training": (1, 0, _SWIGLU, 1, 0),
-    "down": (0, 0, _STORE, 0, 1),
-    "dgrad_activation": (1, 1, _DSWIGLU, 0, 1),
-    "dgrad_input": (0, 1, _STORE, 0, 0),
+    "up": (1, 0, _SWIGLU, 0, 0, _NONE),
+    "up_awaited": (1, 0, _SWIGLU, 0, 0, _AWAITED),
+    "up_training": (1, 0, _SWIGLU, 1, 0, _NONE),
+    "up_training_awaited": (1, 0, _SWIGLU, 1, 0, _AWAITED),
+    "down": (0, 0, _STORE, 0, 1, _NONE),
+    "down_wave": (0, 0, _STORE, 0, 1, _ONE_WAVE),
+    "dgrad_activation": (1, 1, _DSWIGLU, 0, 1, _NONE),
+    "dgrad_input": (0, 1, _STORE, 0, 0, _NONE),
 }
 # Product to GATHER (0: the first operand, 1: the second), ADD.
 _WGRADS = {
@@ -44,13 +50,27 @@ _WGRADS = {
 }
 
 
+_GEMM_FIELDS = (
+    *((name, TensorMap) for name in ("rows", "weight", "out", "out_row", "out_pre", "out_pre_row")),
+    *((name, ctypes.c_void_p) for name in ("source", "order", "token", "gate", "schedule", "counter", "partial")),
+    *((name, ctypes.c_int) for name in ("reduction", "columns", "n_rows", "n_tiles")),
+)
+
+
+# C++ rounds their sizes up to 64.
 class _GemmParams(ctypes.Structure):
-    _fields_ = (
-        *((name, TensorMap) for name in ("rows", "weight", "out", "out_row", "out_pre", "out_pre_row")),
-        *((name, ctypes.c_void_p) for name in ("source", "order", "token", "gate", "schedule", "counter", "partial")),
-        *((name, ctypes.c_int) for name in ("reduction", "columns", "n_rows", "n_tiles")),
-        ("unused", ctypes.c_byte * 56),  # C++ rounds the size up to 64
-    )
+    _fields_ = (*_GEMM_FIELDS, ("unused", ctypes.c_byte * 56))
+
+
+class _AwaitedParams(ctypes.Structure):
+    _fields_ = (*_GEMM_FIELDS, ("link", LinkParams), ("n_waves", ctypes.c_int), ("unused", ctypes.c_byte * 4))
+
+
+class _WaveParams(ctypes.Structure):
+    _fields_ = (*_GEMM_FIELDS, ("range", ctypes.c_void_p), ("unused", ctypes.c_byte * 48))
+
+
+_Params = _GemmParams | _AwaitedParams | _WaveParams
 
 
 class _WgradParams(ctypes.Structure):
@@ -73,7 +93,7 @@ def _shared_bytes(tile: Tile) -> int:
 
 
 def _gemm_source(product: str, tile: Tile) -> CudaSource:
-    names = ("GATHER", "WEIGHT_MN", "EPILOGUE", "KEEP_PRE", "SCALE")
+    names = ("GATHER", "WEIGHT_MN", "EPILOGUE", "KEEP_PRE", "SCALE", "ARRIVAL")
     shape = (("TILE_M", tile.m), ("TILE_N", tile.n), ("STAGES", _stages(tile)))
     defines = (*zip(names, _GEMMS[product], strict=True), *shape)
     return CudaSource(f"{product}_{tile.m}x{tile.n}", "grouped_gemm_sm90.cu", "grouped_gemm", ARCHES, defines)
@@ -86,7 +106,9 @@ def _wgrad_source(product: str, tile: Tile) -> CudaSource:
 
 
 def _candidates(product: str) -> tuple[Tile, ...]:
-    return CANDIDATES[product.removesuffix("_training").removesuffix("_add")]
+    for suffix in ("_awaited", "_wave", "_training", "_add"):
+        product = product.removesuffix(suffix)
+    return CANDIDATES[product]
 
 
 _SOURCES = {(product, tile): _gemm_source(product, tile) for product in _GEMMS for tile in _candidates(product)} | {
@@ -99,14 +121,14 @@ _KERNELS = {key: CudaKernel(source) for key, source in _SOURCES.items()}
 
 
 @cache
-def _grid(device: torch.device) -> tuple[int, int, int]:
-    """One block an SM: persistent."""
-    return (torch.cuda.get_device_properties(device).multi_processor_count, 1, 1)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _counter(index: RowIndex, product: str) -> int:
-    """Address of the product's counter in the schedule's head."""
-    return index.schedule.data_ptr() + 4 * (2 + tuple(CANDIDATES).index(product))
+def _tiles(schedule: torch.Tensor, product: str) -> dict[str, int]:
+    """A schedule, and the product's counter in its head."""
+    at = schedule.data_ptr()
+    return {"schedule": at, "counter": at + 4 * (2 + tuple(CANDIDATES).index(product))}
 
 
 def _matrix_map(matrix: torch.Tensor, box_columns: int, box_rows: int) -> TensorMap:
@@ -132,35 +154,58 @@ def _out_pre_maps(pre_R2F: torch.Tensor) -> dict[str, TensorMap]:
     return {"out_pre": whole, "out_pre_row": row}
 
 
-def _launch_gemm(product: str, tile: Tile, device: torch.device, params: _GemmParams) -> None:
+def _launch_gemm(product: str, tile: Tile, device: torch.device, params: _Params, spare: int = 0) -> None:
+    """Persistent: a block a multiprocessor, but for those that are spared."""
     tile_columns = tile.n // 2 if product.startswith("up") else tile.n  # of the output: gate and up make one
     params.n_tiles = BLOCK_ROWS // tile.m * -(-params.columns // tile_columns)
-    _KERNELS[product, tile].launch(_grid(device), _THREADS, _shared_bytes(tile), params)
+    grid = (_multiprocessors(device) - spare, 1, 1)
+    _KERNELS[product, tile].launch(grid, _THREADS, _shared_bytes(tile), params)
 
 
 def up(
-    x_TD: torch.Tensor, index: RowIndex, w13_e2FD: torch.Tensor, *, keep_pre: bool, tile: Tile | None = None
+    x_TD: torch.Tensor,
+    index: RowIndex,
+    w13_e2FD: torch.Tensor,
+    *,
+    keep_pre: bool,
+    arriving: tuple[Link, Waves] | None = None,
+    tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gathers the rows' tokens, and gives `silu(gate) * up` (R, F) and the pre-activation (R, 2F), which is empty
-    unless `keep_pre`."""
+    unless `keep_pre`.
+
+    Args:
+        x_TD: tokens.
+        index: of the rows.
+        w13_e2FD: the experts' gate and up projections.
+        keep_pre: whether a backward follows.
+        arriving: the link over which tokens still come, and their waves: each tile waits for its own. After
+            `exchange_cuda.await_choices`.
+        tile: None: the one that is best for these widths.
+    """
     _, _, hidden, width = w13_e2FD.shape
     n_rows = index.token_R.shape[0]
     activation_RF = x_TD.new_empty(n_rows, hidden)
     pre_R2F = x_TD.new_empty(n_rows if keep_pre else 0, 2 * hidden)
     tile = tile or choose_tile("up", width, hidden)
-    params = _GemmParams(
+    product = "up_training" if keep_pre else "up"
+    fields: dict[str, Any] = dict(
         weight=_weight_map(w13_e2FD, hidden, width, 64, 128),
         source=x_TD.data_ptr(),
         token=index.token_R.data_ptr(),
-        schedule=index.schedule.data_ptr(),
-        counter=_counter(index, "up"),
+        **_tiles(index.schedule if arriving is None else arriving[1].schedule, "up"),
         reduction=width,
         columns=hidden,
         n_rows=n_rows,
         **_out_maps(activation_RF),
         **(_out_pre_maps(pre_R2F) if keep_pre else {}),
     )
-    _launch_gemm("up_training" if keep_pre else "up", tile, x_TD.device, params)
+    if arriving is None:
+        _launch_gemm(product, tile, x_TD.device, _GemmParams(**fields))
+    else:
+        link, waves = arriving
+        params = _AwaitedParams(**fields, link=link.params, n_waves=waves.entry_C.shape[0] - 1)
+        _launch_gemm(f"{product}_awaited", tile, x_TD.device, params)
     return activation_RF, pre_R2F
 
 
@@ -176,20 +221,45 @@ def down(
     _, width, hidden = w2_eDF.shape
     out_RD = activation_RF.new_empty(activation_RF.shape[0], width)
     tile = tile or choose_tile("down", width, hidden)
-    params = _GemmParams(
+    fields = _down_fields(activation_RF, index, gate_TK, w2_eDF, out_RD)
+    _launch_gemm("down", tile, out_RD.device, _GemmParams(**fields, **_tiles(index.schedule, "down")))
+    return out_RD
+
+
+def down_wave(
+    activation_RF: torch.Tensor,
+    index: RowIndex,
+    gate_TK: torch.Tensor,
+    w2_eDF: torch.Tensor,
+    out_RD: torch.Tensor,
+    *,
+    waves: Waves,
+    wave: int,
+    tile: Tile | None = None,
+) -> None:
+    """As `down`, of the rows that can be computed once a wave is there, into `out_RD`. All but the first leave some of
+    the GPU to what returns."""
+    _, width, hidden = w2_eDF.shape
+    tile = tile or choose_tile("down", width, hidden)
+    fields = _down_fields(activation_RF, index, gate_TK, w2_eDF, out_RD)
+    params = _WaveParams(**fields, **_tiles(waves.schedule, "down"), range=waves.entry_C[wave:].data_ptr())
+    _launch_gemm("down_wave", tile, out_RD.device, params, spare=BLOCKS_BESIDE if wave else 0)
+
+
+def _down_fields(
+    activation_RF: torch.Tensor, index: RowIndex, gate_TK: torch.Tensor, w2_eDF: torch.Tensor, out_RD: torch.Tensor
+) -> dict[str, Any]:
+    _, width, hidden = w2_eDF.shape
+    return dict(
         rows=_matrix_map(activation_RF, 64, 128),
         weight=_weight_map(w2_eDF, width, hidden, 64, 128),
         order=index.order_R.data_ptr(),
         gate=gate_TK.data_ptr(),
-        schedule=index.schedule.data_ptr(),
-        counter=_counter(index, "down"),
         reduction=hidden,
         columns=width,
         n_rows=out_RD.shape[0],
         **_out_maps(out_RD),
     )
-    _launch_gemm("down", tile, out_RD.device, params)
-    return out_RD
 
 
 def dgrad_activation(
@@ -220,8 +290,7 @@ def dgrad_activation(
         order=index.order_R.data_ptr(),
         token=index.token_R.data_ptr(),
         gate=gate_TK.data_ptr(),
-        schedule=index.schedule.data_ptr(),
-        counter=_counter(index, "dgrad_activation"),
+        **_tiles(index.schedule, "dgrad_activation"),
         partial=partial_NR.data_ptr(),
         reduction=width,
         columns=hidden,
@@ -243,8 +312,7 @@ def dgrad_input(
     params = _GemmParams(
         rows=_matrix_map(dpre_R2F, 64, 128),
         weight=_weight_map(w13_e2FD, 2 * hidden, width, 64, 64),
-        schedule=index.schedule.data_ptr(),
-        counter=_counter(index, "dgrad_input"),
+        **_tiles(index.schedule, "dgrad_input"),
         reduction=2 * hidden,
         columns=width,
         n_rows=out_RD.shape[0],
@@ -300,7 +368,7 @@ def _wgrad(
         source=source.data_ptr(),
         token=index.token_R.data_ptr(),
         offset=index.offset_E.data_ptr(),
-        counter=_counter(index, product),
+        counter=_tiles(index.schedule, product)["counter"],
         out=tensor_map(into, (n, m, n_experts), (n * 4, m * n * 4), (32, _CHUNK_ROWS, 1), True),
         into=into.data_ptr(),
         m=m,
@@ -310,4 +378,4 @@ def _wgrad(
         n_experts=n_experts,
     )
     kernel = _KERNELS[f"{product}_add" if add else product, tile]
-    kernel.launch(_grid(into.device), _THREADS, _shared_bytes(tile), params)
+    kernel.launch((_multiprocessors(into.device), 1, 1), _THREADS, _shared_bytes(tile), params)

@@ -72,9 +72,7 @@ _KERNELS = {
     )
     for add, stages in ((False, 3), (True, 2))
 }
-_GAIN = CudaKernel(
-    CudaSource("norm_gain", "norm_gain.cu", "norm_gain", _ARCHES, (("MOST_PARTIALS", _BLOCKS), ("AT_ONCE", 1)))
-)
+_GAIN = CudaKernel(CudaSource("norm_gain", "norm_gain.cu", "norm_gain", _ARCHES, (("MOST_PARTIALS", _BLOCKS),)))
 
 SOURCES = (*(kernel.source for kernels in _KERNELS.values() for _, kernel in kernels), _GAIN.source)
 """Every compile of this module."""

@@ -28,6 +28,7 @@ MAX_TOP_K = 32
 """A lane of the token's warp for each chosen expert."""
 
 _ARCHES = ("sm_90a", "sm_100a")
+_MOST_ENDS = 32  # as routing.cu has it
 _DEFINES = (("BLOCK_ROWS", BLOCK_ROWS), ("CHUNKS", CHUNKS), ("SCHEDULE_HEAD", SCHEDULE_HEAD))
 _SLOTS = {128: 4, 256: 8, 512: 16, MAX_EXPERTS: 0}
 """Experts per lane of the kernel's quick selection, by the most experts that it serves; 0: it has none."""
@@ -75,9 +76,20 @@ class RowIndex(NamedTuple):
     """int32 (E + 1): expert e owns rows `offset[e]` to `offset[e + 1] - 1`."""
     schedule: torch.Tensor
     """int32 (SCHEDULE_HEAD + 4·`max_row_blocks(R, E)`): the number b of row blocks, counters at 0, then (expert, first
-    row, rows, 0) of each block in expert order. A block has BLOCK_ROWS rows or, at its expert's end, fewer; an expert
-    without rows has none. What stands after block b - 1 is undefined. The grouped products count their tiles in it,
-    each from 0 back to 0: an index serves one stream at a time."""
+    row, rows, wave) of each block in expert order; the wave is 0 where none was asked for. A block has BLOCK_ROWS rows
+    or, at its expert's end, fewer; an expert without rows has none. What stands after block b - 1 is undefined. The
+    grouped products count their tiles in it, each from 0 back to 0: an index serves one stream at a time."""
+
+
+class Waves(NamedTuple):
+    """What can be computed, and returned, once some of the rows that other ranks send are there. C waves."""
+
+    schedule: torch.Tensor
+    """As the index's, but by wave and expert: a block belongs to the wave that its last row comes with."""
+    entry_C: torch.Tensor
+    """int32 (C + 1): the first entry of each wave there, and the number of entries."""
+    ready_S: torch.Tensor
+    """int32: the wave with which the last of a slab row's rows can be computed; of slab rows that are there."""
 
 
 class _RouteParams(ctypes.Structure):
@@ -106,8 +118,8 @@ class _IndexParams(ctypes.Structure):
 class _SlabIndexParams(ctypes.Structure):
     _fields_ = (
         *_IndexParams._fields_,
-        *((name, ctypes.c_int) for name in ("most_tokens", "capacity")),
-        *((name, ctypes.c_void_p) for name in ("count", "healthy", "record")),
+        *((name, ctypes.c_int) for name in ("most_tokens", "capacity", "n_waves", "world")),
+        *((name, ctypes.c_void_p) for name in ("end", "by_wave", "entry", "ready", "healthy", "record")),
     )
 
 
@@ -194,14 +206,14 @@ def index_rows(expert_TK: torch.Tensor, n_experts: int, histogram_BE: torch.Tens
 
 def index_slab(
     expert_SK: torch.Tensor,
-    count_W: torch.Tensor,
+    end_CW: torch.Tensor,
     n_experts: int,
     capacity: int,
     *,
     healthy: torch.Tensor,
     record: torch.Tensor,
-) -> RowIndex:
-    """The order of what all ranks sent to this one: rows by local expert, then source, then token, then slot.
+) -> tuple[RowIndex, Waves]:
+    """The order of what all ranks send to this one: rows by local expert, then wave, source, token and slot.
 
     Row s of the slab, s = source·N + ordinal, counts as a token. `row_TK` is -1 where a slab row, or its slot, has no
     row here; `order_R` and `token_R` are undefined from `offset[n_experts]` on. If more than `capacity` rows are needed
@@ -209,8 +221,8 @@ def index_slab(
 
     Args:
         expert_SK: int32, contiguous; local experts, or -1 for another rank's. S = W·N.
-        count_W: int32, contiguous; how many of each source's N rows are there.
-        n_experts: e of this rank.
+        end_CW: int32, contiguous; how many of each source's N rows come up to the end of each wave.
+        n_experts: e of this rank; C·e ≤ MAX_EXPERTS.
         capacity: most rows R.
         healthy: int32 word on the device.
         record: int32 words that the device can write: fault, rank, phase, rows needed, rows there were.
@@ -219,14 +231,14 @@ def index_slab(
         ShapeError: a tensor is not as described.
     """
     _check_tensor("experts (S, K)", expert_SK, torch.int32, 2)
-    _check_tensor("counts (W)", count_W, torch.int32, 1)
-    _check_experts(n_experts)
-    slab_rows, top_k = expert_SK.shape
-    if not count_W.numel() or slab_rows % count_W.numel():
+    _check_tensor("ends (C, W)", end_CW, torch.int32, 2)
+    (slab_rows, top_k), (n_waves, world) = expert_SK.shape, end_CW.shape
+    if not 1 <= end_CW.numel() <= _MOST_ENDS or slab_rows % world:
         raise ShapeError(
-            f"expected as many slab rows of each source, found {slab_rows} rows of {count_W.numel()} sources: give one "
-            "count for each source of the slab"
+            f"expected as many slab rows of each source, of at most {_MOST_ENDS} waves and sources, found {slab_rows} "
+            f"rows of {world} sources in {n_waves} waves: give one count for each wave and source of the slab"
         )
+    _check_experts(n_experts * n_waves)
     _check_rows(slab_rows * top_k)
     _check_rows(capacity)
     index = RowIndex(
@@ -236,25 +248,30 @@ def index_slab(
         expert_SK.new_empty(n_experts + 1),
         expert_SK.new_empty(SCHEDULE_HEAD + 4 * max_row_blocks(capacity, n_experts)),
     )
-    counts_BE = expert_SK.new_empty(CHUNKS, n_experts)
+    waves = Waves(torch.empty_like(index.schedule), expert_SK.new_empty(n_waves + 1), expert_SK.new_empty(slab_rows))
+    n_pairs = n_experts * n_waves
+    counts_BE = expert_SK.new_empty(CHUNKS, n_pairs)
     params = _SlabIndexParams(
         expert_SK.data_ptr(),
         counts_BE.data_ptr(),
         *(tensor.data_ptr() for tensor in index),
         slab_rows,
-        n_experts,
+        n_pairs,
         top_k,
-        slab_rows // count_W.numel(),
+        slab_rows // world,
         capacity,
-        count_W.data_ptr(),
+        n_waves,
+        world,
+        end_CW.data_ptr(),
+        *(tensor.data_ptr() for tensor in waves),
         healthy.data_ptr(),
         record.data_ptr(),
     )
-    warps = _warps(n_experts)
+    warps = _warps(n_pairs)
     with torch.cuda.device(expert_SK.device):
-        _INDEX["count_rows", 1].launch((CHUNKS, 1, 1), 1024, 4 * n_experts, params)
-        _INDEX["index_rows", 1].launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_experts * (3 + warps) + 2), params)
-    return index
+        _INDEX["count_rows", 1].launch((CHUNKS, 1, 1), 1024, 4 * n_pairs, params)
+        _INDEX["index_rows", 1].launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_pairs * (3 + warps) + 2), params)
+    return index, waves
 
 
 def max_row_blocks(n_rows: int, n_experts: int) -> int:

@@ -4,8 +4,11 @@ A token goes to each rank that owns one of its experts, once. Its row there is i
 source sends to that owner, which the source knows alone. The owner orders what has come by local expert, source, token
 and slot, sums a token's rows and sends one row back; the source sums over owners in rank order.
 
+Tokens may travel in waves, which are runs of a source's tokens: their owner can begin with a wave while the next is on
+its way. Rows of one expert then stand by wave first.
+
 Shapes: T tokens of this rank, D width, K slots, e experts of a rank, W ranks, N most tokens of a rank, S = W·N slab
-rows, R routed rows. Tuples hold one tensor a rank, each in that rank's memory.
+rows, R routed rows, C waves. Tuples hold one tensor a rank, each in that rank's memory.
 """
 
 from dataclasses import dataclass
@@ -18,6 +21,8 @@ ARRIVED, RETURNED, CONSUMED = range(3)
 """Flags between two ranks, each the number of the last exchange of which it tells: a source's rows are at their owner,
 an owner's sums are at the source, an owner has read all that it was sent. As `Word` in cuda/link.cuh."""
 WORDS = 3
+WAVES = 2
+"""That a slab can tell apart. Wave c of a source's T tokens goes up to, not including, token T·(c + 1) // WAVES."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,16 @@ class Slab:
     """int32: the owner's local expert of each slot, -1 for another rank's."""
     gate_WNK: tuple[torch.Tensor, ...]
     """fp32."""
-    count_W: tuple[torch.Tensor, ...]
-    """int32: how many of its N rows each source sent."""
+    end_CW: tuple[torch.Tensor, ...]
+    """int32 (WAVES, W): how many of its N rows each source sends up to the end of a wave; the last is all. Where tokens
+    do not travel in waves, only the last is told."""
     used: torch.Tensor
     """int32 word of this rank: number of the last exchange that reads what it sent here."""
+
+    @property
+    def count_W(self) -> tuple[torch.Tensor, ...]:
+        """int32: how many of its N rows each source sent."""
+        return tuple(end_CW[-1] for end_CW in self.end_CW)
 
 
 @dataclass(frozen=True)
@@ -67,18 +78,19 @@ def local_experts(expert_TK: torch.Tensor, owner: int, n_local: int) -> torch.Te
     return torch.where((local_TK >= 0) & (local_TK < n_local), local_TK, -1).to(torch.int32)
 
 
-def index_slab(expert_SK: torch.Tensor, count_W: torch.Tensor, n_experts: int) -> RowIndex:
-    """The order of what all ranks sent: rows by local expert, then source, then token, then slot.
+def index_slab(expert_SK: torch.Tensor, end_CW: torch.Tensor, n_experts: int) -> RowIndex:
+    """The order of what all ranks sent: rows by local expert, then wave, then source, then token, then slot.
 
     A slab row s = source·N + ordinal counts as a token. `row_TK`, here (S, K), is -1 where a slab row, or its slot, has
     no row.
     """
-    slab_rows, top_k = expert_SK.shape
-    ordinal_S = torch.arange(slab_rows) % (slab_rows // count_W.numel())
-    there_S = ordinal_S < count_W.repeat_interleave(slab_rows // count_W.numel())
-    flat = torch.where(there_S[:, None] & (expert_SK >= 0), expert_SK, n_experts).reshape(-1)
-    sorted_expert, order = torch.sort(flat, stable=True)
-    offset_E = torch.searchsorted(sorted_expert, torch.arange(n_experts + 1)).to(torch.int32)
+    (slab_rows, top_k), (n_waves, world) = expert_SK.shape, end_CW.shape
+    ordinal_S = torch.arange(slab_rows) % (slab_rows // world)
+    wave_S = (ordinal_S >= end_CW.repeat_interleave(slab_rows // world, dim=1)).sum(0)
+    here_SK = (wave_S < n_waves)[:, None] & (expert_SK >= 0)
+    flat = torch.where(here_SK, expert_SK * n_waves + wave_S[:, None], n_experts * n_waves).reshape(-1)
+    sorted_key, order = torch.sort(flat, stable=True)
+    offset_E = torch.searchsorted(sorted_key, torch.arange(n_experts + 1) * n_waves).to(torch.int32)
     order_R = order[: int(offset_E[-1])]
     row_SK = torch.full_like(flat, -1, dtype=torch.int64)
     row_SK[order_R] = torch.arange(order_R.numel())

@@ -21,7 +21,7 @@ from nmoe.kernels.runtime.cuda_source import CudaSource
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _ArgumentPointers = ctypes.c_void_p * 1
-_launch = driver.cuLaunchKernel
+_launch, _launch_with = driver.cuLaunchKernel, driver.cuLaunchKernelEx
 _addressof = ctypes.addressof
 
 _DATA_TYPES = {
@@ -61,6 +61,8 @@ class CudaKernel:
         shared_bytes: int,
         params: ctypes.Structure,
         stream: int | None = None,
+        *,
+        early: bool = False,
     ) -> None:
         """Launches on torch's current device. Nothing waits and nothing is allocated on the device, so that a kernel
         which is loaded already may be captured in a CUDA graph; load it before the capture, by a launch or `load`.
@@ -71,6 +73,8 @@ class CudaKernel:
             shared_bytes: dynamic shared memory of a block.
             params: the kernel's struct; copied, so that it may be changed afterwards.
             stream: `cudaStream_t` as an integer; None: torch's current stream.
+            early: it may be set up while the kernel ahead of it in the stream ends: it begins with griddepcontrol.wait
+                (CUDA C++ Programming Guide, "Programmatic Dependent Launch").
 
         Raises:
             UnsupportedArchError: the kernel is not written for the device.
@@ -85,8 +89,11 @@ class CudaKernel:
         if stream is None:
             stream = torch._C._cuda_getCurrentRawStream(loaded.device)
         pointers = _ArgumentPointers(_addressof(block_of_params))
-        x, y, z = grid
-        (status,) = _launch(loaded.function, x, y, z, block, 1, 1, shared_bytes, stream, _addressof(pointers), 0)
+        if early:
+            status = loaded.launch_early(grid, block, shared_bytes, stream, pointers)
+        else:
+            x, y, z = grid
+            (status,) = _launch(loaded.function, x, y, z, block, 1, 1, shared_bytes, stream, _addressof(pointers), 0)
         if status is not _SUCCESS:
             loaded.launch_again(status, grid, block, shared_bytes, stream, pointers)
 
@@ -136,6 +143,7 @@ class _Loaded:
         self.params_type: type[ctypes.Structure] | None = None
         self._lock = threading.Lock()
         self.shared_limit = 0  # what has been asked for; the driver's own default counts static memory too
+        self._early = _early_config()
 
     def raise_shared_limit(self, shared_bytes: int) -> None:
         """A kernel asks for the most dynamic shared memory that it has needed yet."""
@@ -162,6 +170,17 @@ class _Loaded:
         ctypes.memmove(padded, ctypes.byref(params), size)
         return padded
 
+    def launch_early(
+        self, grid: tuple[int, int, int], block: int, shared_bytes: int, stream: int, pointers: Any
+    ) -> driver.CUresult:
+        """As `cuLaunchKernel`, but the kernel may be set up before the one ahead of it has ended."""
+        with self._lock:
+            config = self._early
+            config.gridDimX, config.gridDimY, config.gridDimZ = grid
+            config.blockDimX, config.sharedMemBytes, config.hStream = block, shared_bytes, stream
+            (status,) = _launch_with(config, self.function, _addressof(pointers), 0)
+        return status
+
     def launch_again(
         self,
         status: Any,
@@ -187,6 +206,16 @@ class _Loaded:
                 "CUDA_LAUNCH_BLOCKING=1 tells apart"
             )
         return values[0] if len(values) == 1 else tuple(values)
+
+
+def _early_config() -> driver.CUlaunchConfig:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.blockDimY = config.blockDimZ = 1
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def compile_all(sources: Sequence[CudaSource], arch: str, threads: int) -> list[CachedKernel]:

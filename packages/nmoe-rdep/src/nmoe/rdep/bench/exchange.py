@@ -4,8 +4,9 @@ Of one dispatch and one return of T tokens a rank, each to K of E experts drawn 
 
 * bytes: of rows that leave a GPU. A token goes to a rank once, however many of its experts are there; NCCL is given
   those same rows, already sorted by owner. `logical_bytes` is what K copies of every token would be.
-* dispatch: from a common start until all rows have arrived, its plan, experts, gates and flags included.
-* return: until all sums have come back, the sums included.
+* dispatch: from a common start until all rows have arrived, its plan, experts, gates and flags included, in one wave.
+* return: until all owners' sums of a rank's tokens have come back, which is what NCCL's way back does too.
+* combine: a return, and the sum of a token's rows over owners.
 * pair_graph: a dispatch and a return, one after the other in a CUDA graph; NCCL's pair likewise. indexed_pair_graph:
   with the order of the rows at the owner between, which NCCL's rows would need too.
 
@@ -56,39 +57,54 @@ def _measure(world: World, memory: IpcMemory, n_tokens: int) -> dict[str, Any]:
 
     def dispatch() -> None:
         sent.append(exchange.make_plan(link, expert_TK))
-        exchange.dispatch_tokens(link, slab, x_TD, gate_TK, sent[-1], n_local)
+        exchange.dispatch_tokens(link, slab, x_TD, gate_TK, sent[-1], n_local, n_waves=1)
         exchange.await_rows(link, gradients=False)
 
     def order() -> RowIndex:
-        expert_SK, count_W = slab.expert_WNK[rank].flatten(0, 1), slab.count_W[rank]
-        return index_slab(expert_SK, count_W, n_local, capacity, healthy=faults.healthy, record=faults.record)
+        expert_SK, count_1W = slab.expert_WNK[rank].flatten(0, 1), slab.end_CW[rank][-1:]
+        return index_slab(expert_SK, count_1W, n_local, capacity, healthy=faults.healthy, record=faults.record)[0]
 
-    def send_back() -> None:
+    def return_() -> None:
         exchange.return_rows(link, returns, y_RD, index.row_TK, slab.count_W[rank])
+        exchange.await_returns(link, gradients=False)
+
+    def collect() -> None:
         exchange.collect_rows(link, returns, sent.pop(), DIM)
+
+    def combine() -> None:
+        exchange.return_rows(link, returns, y_RD, index.row_TK, slab.count_W[rank])
+        collect()
 
     def end() -> None:
         """What was begun and not timed."""
         if sent:
-            send_back()
+            combine()
 
     def begin() -> None:
         end()
         dispatch()
 
+    def begin_after_return() -> None:
+        if sent:
+            collect()
+        dispatch()
+
     def pair() -> None:
         dispatch()
-        send_back()
+        combine()
 
     def indexed_pair() -> None:
         dispatch()
         order()
-        send_back()
+        combine()
 
     dispatch()
     index = order()  # the same each time, as the routing is
     dispatch_ms = time_together(world, dispatch, end)
-    return_ms = time_together(world, send_back, begin)
+    end()
+    return_ms = time_together(world, return_, begin_after_return)
+    collect()
+    combine_ms = time_together(world, combine, begin)
     pair_ms, indexed_pair_ms = time_graph(world, pair, 10), time_graph(world, indexed_pair, 10)
     faults.check()
 
@@ -108,13 +124,14 @@ def _measure(world: World, memory: IpcMemory, n_tokens: int) -> dict[str, Any]:
         "logical_bytes": n_tokens * TOP_K * DIM * 2,
         "dispatch_us": dispatch_ms * 1e3,
         "return_us": return_ms * 1e3,
+        "combine_us": combine_ms * 1e3,
         "nccl_us": nccl_ms * 1e3,
         "copy_engines_us": copy_ms * 1e3,
         "pair_graph_us": pair_ms * 1e3,
         "indexed_pair_graph_us": indexed_pair_ms * 1e3,
         "nccl_pair_graph_us": nccl_pair_ms * 1e3,
     }
-    for name in ("dispatch", "return", "nccl", "copy_engines"):
+    for name in ("dispatch", "return", "combine", "nccl", "copy_engines"):
         figures[f"{name}_gb_s"] = bytes_most / figures[f"{name}_us"] / 1e3
     return figures
 

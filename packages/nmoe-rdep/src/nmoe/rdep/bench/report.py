@@ -14,11 +14,12 @@ def print_report(size: int, measured: Mapping[str, Any]) -> None:
         print(
             "  bytes that leave a GPU, GB/s (µs); a dispatch and a return in a graph, µs: alone, with the index, NCCL's"
         )
-        print("  tokens     MB   dispatch          return            NCCL              copy engines      pair")
+        columns = ("dispatch", "return", "with its sum", "NCCL", "copy engines", "pairs")
+        print("  tokens     MB   " + "".join(column.ljust(18) for column in columns))
     for row in measured["exchange"]:
         pairs = (
             f"{row[f'{name}_gb_s']:6.0f} ({row[f'{name}_us']:7.1f})"
-            for name in ("dispatch", "return", "nccl", "copy_engines")
+            for name in ("dispatch", "return", "combine", "nccl", "copy_engines")
         )
         print(
             f"  {row['tokens']:6d} {row['crossing_bytes'] / 1e6:6.1f}   {'  '.join(pairs)} "
