@@ -1,8 +1,8 @@
 """Runs the Triton kernels of window attention in the interpreter: `TRITON_INTERPRET=1 python …_interpreted.py IN OUT`.
 
-A case has `q`, `k`, `v` and `dout`, fp32 of bf16's values in (B, H, S, ·); `scale` and `window`; and `layout`, which
-says how they lie in memory (see `laid_out`). Results: `out` and the gradients `dq`, `dk` and `dv` as fp32, and
-`strides`, those of all four.
+A case has `q`, `k`, `v` and `dout`, fp32 of bf16's values in (B, H, S, ·); `scale` and `window`; `layout`, which says
+how they lie in memory (see `laid_out`); and, if it has documents, `start`, those of (B, S). Results: `out` and the
+gradients `dq`, `dk` and `dv` as fp32, and `strides`, those of all four.
 """
 
 import numpy as np
@@ -32,7 +32,8 @@ def run(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for names in (("q", "k", "v"), ("dout",))
     )
     given = [tensor.requires_grad_() for tensor in given]
-    out = window_attention(*given, scale=float(case["scale"]), window=int(case["window"]))
+    start = torch.from_numpy(case["start"]) if "start" in case else None
+    out = window_attention(*given, scale=float(case["scale"]), window=int(case["window"]), document_start_BS=start)
     found = (out, *torch.autograd.grad(out, given, dout))
     named = zip(("out", "dq", "dk", "dv"), found, strict=True)
     results = {name: tensor.detach().float().contiguous().numpy() for name, tensor in named}

@@ -16,7 +16,7 @@ from nmoe.kernels.native.routing_cuda import SCHEDULE_HEAD, RowIndex, Waves, ind
 
 # W, T of each rank (in turn), N, D, K, experts: few and many ranks, ranks without tokens, rows of one piece and of
 # many, one expert a token and as many as there are, more tokens than all warps take at once. Beyond 1024 tokens they
-# travel in waves, of which some are empty where a rank has few.
+# travel in waves here, of which some are empty where a rank has few.
 SHAPES = [
     (2, (5, 3), 5, 8, 1, 2),
     (2, (300, 0), 300, 64, 4, 6),
@@ -80,11 +80,15 @@ def draw(
     return x, expert, gate
 
 
+def waves_of(most: int) -> int:
+    return reference.WAVES if most > 1024 else 1
+
+
 def dispatch(
     ranks: Ranks, x: list, expert: list, gate: list, n_local: int
 ) -> tuple[list[Plan], list[RowIndex], list[Waves]]:
     plans = [exchange.make_plan(link, expert_TK.cuda()) for link, expert_TK in zip(ranks.links, expert, strict=True)]
-    n_waves = exchange.waves_for(ranks.slabs[0].x_WND[0].shape[1])
+    n_waves = waves_of(ranks.slabs[0].x_WND[0].shape[1])
     for rank, link in enumerate(ranks.links):
         exchange.dispatch_tokens(
             link, ranks.slabs[rank], x[rank].cuda(), gate[rank].cuda(), plans[rank], n_local, n_waves=n_waves
@@ -149,7 +153,7 @@ def test_every_row_and_sum_is_the_references(
             local = reference.local_experts(expert[source], owner, n_local)
             assert torch.equal(slab.expert_WNK[owner][source, :n].cpu(), local[sent])
             assert torch.equal(slab.gate_WNK[owner][source, :n].cpu(), gate[source][sent])
-        end_CW = slab.end_CW[owner][-exchange.waves_for(most) :].cpu()
+        end_CW = slab.end_CW[owner][-waves_of(most) :].cpu()
         want_index = reference.index_slab(slab.expert_WNK[owner].flatten(0, 1).cpu(), end_CW, n_local)
         n_rows = int(want_index.offset_E[-1])
         index = indices[owner]
@@ -251,7 +255,7 @@ def test_products_of_waves_are_the_products(gpu: str) -> None:
             assert torch.equal(found_pre[:n_rows], wanted_pre[:n_rows])
         wanted_y = gemm.down(wanted, index, gate_SK, w2)
         y_RD = torch.full_like(wanted_y, torch.nan)
-        for wave in range(exchange.waves_for(most)):
+        for wave in range(reference.WAVES):
             gemm.down_wave(wanted, index, gate_SK, w2, y_RD, waves=waves[rank], wave=wave)
             done = index.token_R[:n_rows][~y_RD[:n_rows].isnan().any(1)].long()
             ready = (waves[rank].ready_S <= wave).nonzero()[:, 0]

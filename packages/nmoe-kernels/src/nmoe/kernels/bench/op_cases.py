@@ -57,6 +57,12 @@ CASES: Mapping[str, Callable[[], Sequence[Case]]] = {
         *attention(32, 12, 2048, 64, 64, 128),
         *attention(32, 12, 2048, 64, 64, 512),
     ],
+    "document_attention": lambda: [
+        *attention(8, 16, 4096, 192, 128, mean_document=512),
+        *attention(8, 16, 4096, 192, 128, 512, mean_document=512),
+        *attention(32, 12, 2048, 64, 64, mean_document=512),
+        *attention(32, 6, 2048, 128, 128, mean_document=512),
+    ],
     "adamw": lambda: [adamw(1_000_000_000, torch.bfloat16), adamw(300_000_000, torch.float32)],
     "global_norm": lambda: [global_norm(2_000_000_000, 8)],
     "newton_schulz": lambda: [newton_schulz(128, 1408, 2048), newton_schulz(24, 768, 768)],

@@ -1,4 +1,5 @@
-"""The two kernels of causal attention's backward, under a window or none, deterministic to the bit.
+"""The two kernels of causal attention's backward, under a window or none, within documents or whole samples,
+deterministic to the bit.
 
 Scores are computed in both, seven products in place of five: so neither waits for the other's sums, and no sum is made
 in the order of the day.
@@ -16,12 +17,14 @@ from nmoe.kernels.native.attention_tiles_triton import (
     describe,
     describe_inputs,
     describe_parts,
+    edges,
     empty_heads,
     for_tma,
     hide,
     launch,
     load_tile,
     owned,
+    reach_of,
     store_tile,
     tiles_of,
     widths_of,
@@ -46,6 +49,7 @@ def _dq_kernel(
     window,
     exponent,
     scale,
+    edge_ptr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -66,12 +70,15 @@ def _dq_kernel(
         q_rest_tile = load_tile(q_rest, batch, head, query, WIDTH, QUERIES, REST)
         sums_rest = tl.zeros((QUERIES, REST), tl.float32)
     ahead = tl.arange(0, QUERIES)[:, None] - tl.arange(0, KEYS)[None, :]
-    first = tl.maximum(query - window + 1, 0) // KEYS * KEYS
-    for key in tl.range(first, tl.minimum(query + QUERIES, length), KEYS):
+    first, corner, reach = tl.maximum(query - window + 1, 0), window, window
+    if edge_ptr is not None:
+        lowest, highest, reach = edges(edge_ptr, batch, query, length, window, QUERIES)
+        first, corner = tl.maximum(first, lowest), tl.minimum(query + QUERIES - highest, window)
+    for key in tl.range(first // KEYS * KEYS, tl.minimum(query + QUERIES, length), KEYS):
         k_tile = load_tile(k, batch, head, key, 0, KEYS, WIDTH)
         v_tile = load_tile(v, batch, head, key, 0, KEYS, VALUE)
         start = tl.broadcast_to(-level[:, None], QUERIES, KEYS)
-        start = hide(start, ahead, query, key, window, QUERIES, KEYS)
+        start = hide(start, ahead, query, key, corner, reach, QUERIES, KEYS)
         score = tl.dot(q_tile, k_tile.T, start)
         if REST:
             k_rest_tile = load_tile(k_rest, batch, head, key, WIDTH, KEYS, REST)
@@ -105,6 +112,7 @@ def _dkdv_kernel(
     window,
     exponent,
     scale,
+    edge_ptr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -121,14 +129,18 @@ def _dkdv_kernel(
         rest_sums = tl.zeros((KEYS, REST), tl.float32)
     ahead = tl.arange(0, QUERIES)[None, :] - tl.arange(0, KEYS)[:, None]
     place = (batch * heads + head).to(tl.int64) * length
-    for query in tl.range(key, tl.minimum(key + KEYS - 1 + window, length), QUERIES):
+    stop, corner, reach = tl.minimum(key + KEYS - 1 + window, length), window, window
+    if edge_ptr is not None:
+        lowest, highest, reach = edges(edge_ptr, batch, key, length, window, KEYS)
+        stop, corner = tl.minimum(stop, highest + 1), tl.minimum(lowest + 1 - key, window)
+    for query in tl.range(key, stop, QUERIES):
         row = query + tl.arange(0, QUERIES)
         level = tl.load(level_ptr + place + row, mask=row < length, other=float("inf"))  # weights of 0 beyond the last
         delta = tl.load(delta_ptr + place + row, mask=row < length, other=0.0)
         q_tile = load_tile(q, batch, head, query, 0, QUERIES, WIDTH)
         dout_tile = load_tile(dout, batch, head, query, 0, QUERIES, VALUE)
         start = tl.broadcast_to(-level[None, :], KEYS, QUERIES)
-        start = hide(start, ahead, query, key, window, QUERIES, KEYS)
+        start = hide(start, ahead, query, key, corner, reach, QUERIES, KEYS)
         score = tl.dot(k_tile, q_tile.T, start)
         if REST:
             q_rest_tile = load_tile(q_rest, batch, head, query, WIDTH, QUERIES, REST)
@@ -155,6 +167,7 @@ def attention_gradients(
     level_BHS: torch.Tensor,
     scale: float,
     window: int,
+    document_start_BS: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of queries, keys and values.
 
@@ -167,6 +180,7 @@ def attention_gradients(
         level_BHS: fp32, that forward gave: the score, without scale, at which a key's weight would be 1.
         scale: as forward.
         window: as forward.
+        document_start_BS: as forward.
 
     Returns:
         bf16, each a (B, H, S, ·) view of memory in the order (B, S, H, ·).
@@ -176,9 +190,14 @@ def attention_gradients(
         return dq_BHSd, dk_BHSd, dv_BHSv
     dout_BHSv, q_BHSd, k_BHSd, v_BHSv, out_BHSv = map(for_tma, (dout_BHSv, q_BHSd, k_BHSd, v_BHSv, out_BHSv))
     width, value = q_BHSd.shape[3], v_BHSv.shape[3]
-    tiles, widths = tiles_of(width, value, window, q_BHSd.device), widths_of(width, value)
+    reach, widths = reach_of(window, document_start_BS is not None), widths_of(width, value)
+    tiles = tiles_of(width, value, reach, q_BHSd.device)
     numbers = (min(window, q_BHSd.shape[2]), scale * math.log2(math.e), scale)
     delta_BHS = torch.empty_like(level_BHS)
+    start_BS = last_BS = None
+    if document_start_BS is not None:
+        start_BS = document_start_BS.contiguous()
+        last_BS = last_queries(start_BS)
 
     tile = tiles.dq
     tensors = (
@@ -189,7 +208,7 @@ def attention_gradients(
         level_BHS,
         delta_BHS,
     )
-    launch(_dq_kernel, tile, widths, tensors, numbers, q_BHSd, tile.queries)
+    launch(_dq_kernel, tile, widths, tensors, numbers, start_BS, q_BHSd, tile.queries)
 
     tile = tiles.dkdv
     tensors = (
@@ -200,8 +219,16 @@ def attention_gradients(
         level_BHS,
         delta_BHS,
     )
-    launch(_dkdv_kernel, tile, widths, tensors, numbers, q_BHSd, tile.keys)
+    launch(_dkdv_kernel, tile, widths, tensors, numbers, last_BS, q_BHSd, tile.keys)
     return dq_BHSd, dk_BHSd, dv_BHSv
+
+
+def last_queries(document_start_BS: torch.Tensor) -> torch.Tensor:
+    """For each key the last query that may see it, were there no window: what starts at most at the key is a prefix of
+    the queries. int32; the host waits for nothing."""
+    position_S = torch.arange(document_start_BS.shape[1], dtype=torch.int32, device=document_start_BS.device)
+    position_BS = position_S.expand_as(document_start_BS).contiguous()
+    return torch.searchsorted(document_start_BS, position_BS, right=True, out_int32=True).sub_(1)
 
 
 _TENSORS = ("q", "q_rest", "k", "k_rest", "v")

@@ -42,40 +42,51 @@ class Tiles(NamedTuple):
     dkdv: Tile
 
 
-Reach = Literal["narrow", "wide", "all"]
+Reach = Literal["narrow", "wide", "all", "packed"]
 """Of a window: up to 256, where a small tile's fewer hidden scores count for more than a large tile's fewer loads;
-up to 1024; beyond, or no window at all."""
+up to 1024; beyond, or no window at all; the same in documents."""
 
 _HOPPER: dict[tuple[int, int, Reach], Tiles] = {
     (64, 64, "narrow"): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
     (64, 64, "wide"): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
     (64, 64, "all"): Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(32, 128, 4, 3)),
+    (64, 64, "packed"): Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
     (128, 128, "narrow"): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (128, 128, "wide"): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 64, 4, 2)),
     (128, 128, "all"): Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+    (128, 128, "packed"): Tiles(Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     (192, 128, "narrow"): Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
     (192, 128, "wide"): Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
     (192, 128, "all"): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
+    (192, 128, "packed"): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)),
 }
 _BLACKWELL = {  # never timed; where Hopper's would spill, another's
     **_HOPPER,
     (64, 64, "all"): _HOPPER[64, 64, "all"]._replace(forward=Tile(64, 64, 4, 2)),
+    (64, 64, "packed"): _HOPPER[64, 64, "packed"]._replace(forward=Tile(64, 64, 4, 2)),
     (128, 128, "narrow"): _HOPPER[128, 128, "narrow"]._replace(forward=Tile(64, 64, 4, 3)),
     (192, 128, "wide"): _HOPPER[192, 128, "wide"]._replace(forward=Tile(64, 32, 4, 2)),
 }
 TILES = {"sm_90a": _HOPPER, "sm_100a": _BLACKWELL}
 """By arch; the most columns of keys and of values; and the window's reach. The fastest found on an H200 at B 8, H 16,
-S 4096 (widths of 64: B 32, H 12, S 2048) and windows of 128, of 512, and none."""
+S 4096 (widths of 64: B 32, H 12, S 2048) and windows of 128, of 512, and none. `packed` was never timed: it is `all`,
+but for a tile that would spill."""
 
 
-def tiles_of(width: int, value: int, window: int, device: torch.device) -> Tiles:
+def reach_of(window: int, documents: bool) -> Reach:
+    """Of a window, in documents or whole samples."""
+    if window <= 1024:
+        return "narrow" if window <= 256 else "wide"
+    return "packed" if documents else "all"
+
+
+def tiles_of(width: int, value: int, reach: Reach, device: torch.device) -> Tiles:
     """For keys of `width` and values of `value` columns; both at most as wide as the widest.
 
     Raises:
         UnsupportedArchError: there are no tiles for the device.
     """
     key, value = next(wide for wide in ((64, 64), (128, 128), (192, 128)) if width <= wide[0] and value <= wide[1])
-    reach: Reach = "narrow" if window <= 256 else "wide" if window <= 1024 else "all"
     return _tiles_by_widths(device)[key, value, reach]
 
 
@@ -195,28 +206,32 @@ def launch(
     widths: Widths,
     tensors: Sequence[TensorDescriptor | torch.Tensor],
     numbers: Sequence[float],
+    edge_BS: torch.Tensor | None,
     like_BHSd: torch.Tensor,
     rows: int,
 ) -> None:
-    """One program for `rows` positions of a head; the kernel takes tensors, heads, length, and then `numbers`."""
+    """One program for `rows` positions of a head; the kernel takes tensors, heads, length, `numbers`, and then what
+    `edges` takes, or None, with which it is compiled as if there were no documents."""
     batch, heads, length, _ = like_BHSd.shape
     with torch.cuda.device_of(like_BHSd):
         kernel[(batch * heads * triton.cdiv(length, rows),)](
-            *tensors, heads, length, *numbers, **widths.constants(tile), **options_of(tile)
+            *tensors, heads, length, *numbers, edge_BS, **widths.constants(tile), **options_of(tile)
         )
 
 
 def ahead_of_launch(
     name: str, module: str, function: str, tensors: Sequence[str], numbers: Sequence[str], kernel: Literal[0, 1, 2]
 ) -> tuple[TritonKernel, ...]:
-    """The compiles of one kernel, for every entry of the table, of which it takes the tile `kernel`.
+    """The compiles of one kernel, without documents and with them, for every entry of the table, of which it takes the
+    tile `kernel`.
 
     A tensor's name tells its tile: `q…` and `…out` are queries, all others keys; `v`, `dv` and `…out` have the width of
     values; `…_rest` are second parts; and `…_ptr` is fp32, a number for each query.
     """
+    edge: dict[str, Any] = {"edge_ptr": None}
     return tuple(
         TritonKernel(
-            f"{name}_{key}_{value}_{reach}_{arch}",
+            f"{name}{'_documents' if documents else ''}_{key}_{value}_{reach}_{arch}",
             module,
             function,
             (arch,),
@@ -224,13 +239,16 @@ def ahead_of_launch(
                 *((tensor, _type_of(tensor, tiles[kernel], widths_of(key, value))) for tensor in tensors),
                 *dict.fromkeys(("heads", "length", "window"), "i32").items(),
                 *dict.fromkeys(numbers, "fp32").items(),
+                *dict.fromkeys(edge if documents else (), "*i32").items(),
             ),
-            constants=tuple(widths_of(key, value).constants(tiles[kernel]).items()),
-            aligned=tuple(tensor for tensor in tensors if tensor.endswith("_ptr")),
+            constants=tuple((({} if documents else edge) | widths_of(key, value).constants(tiles[kernel])).items()),
+            aligned=tuple(n for n in (*tensors, *(edge if documents else ())) if n.endswith("_ptr")),
             options=tuple(options_of(tiles[kernel]).items()),
         )
+        for documents in (False, True)
         for arch, by_widths in TILES.items()
         for (key, value, reach), tiles in by_widths.items()
+        if reach != ("all" if documents else "packed")
     )
 
 
@@ -271,11 +289,24 @@ def store_tile(tensor, batch, head, row, column, tile):
 
 
 @triton.jit
-def hide(start, ahead, query, key, window, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+def edges(edge_ptr, batch, block, length, window, ROWS: tl.constexpr):
+    """Of the `ROWS` positions from `block` on, in documents: the first one's edge, the last one's, and how far each one
+    reaches, itself included, as a column. A query's edge is the first key that it may see, a key's the last query that
+    may see it; along a sample, edges never decrease."""
+    edge_ptr += batch.to(tl.int64) * length
+    row = block + tl.arange(0, ROWS)
+    edge = tl.load(edge_ptr + row, mask=row < length, other=row)
+    reach = tl.minimum(tl.abs(row - edge) + 1, window)
+    return tl.load(edge_ptr + block), tl.load(edge_ptr + tl.minimum(block + ROWS, length) - 1), reach[:, None]
+
+
+@triton.jit
+def hide(start, ahead, query, key, corner, reach, QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """What scores start from, and -inf where the query does not see the key: before the products are added, since the
-    tensor cores are then still at work on the products before. `ahead` is a query's place in its tile less a key's."""
-    if (key + KEYS > query + 1) | (key < query + QUERIES - window):
+    tensor cores are then still at work on the products before. `ahead` is a query's place in its tile less a key's.
+    `reach` is the window or, in documents, what `edges` gives; `corner` that between last query and first key."""
+    if (key + KEYS > query + 1) | (key < query + QUERIES - corner):
         distance = ahead + (query - key)
         # A negative distance is a large number without its sign.
-        start = tl.where(distance.to(tl.uint32, bitcast=True) < window.to(tl.uint32), start, float("-inf"))
+        start = tl.where(distance.to(tl.uint32, bitcast=True) < reach.to(tl.uint32), start, float("-inf"))
     return start

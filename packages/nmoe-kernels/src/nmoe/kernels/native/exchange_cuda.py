@@ -36,6 +36,7 @@ BLOCKS_BESIDE = 16
 _FEW_TOKENS = 1024
 """Up to as many, collect waits itself, which saves a launch; its blocks then fill a fourth of the GPU. For more, a warp
 waits before it, so that other streams' kernels have the GPU meanwhile."""
+_WIDE = 2048
 _CHOICES, _ALL = 0, 7  # parts of an exchange, as link.cuh has them
 _DISPATCH_PHASE, _RETURN_PHASE, _GRADIENT_DISPATCH_PHASE, _GRADIENT_RETURN_PHASE = range(4)  # as link.cuh has them
 
@@ -202,9 +203,10 @@ def make_plan(link: Link, expert_TK: torch.Tensor) -> Plan:
     return Plan(expert_TK, expert_TK.new_empty(expert_TK.shape[0], link.world))
 
 
-def waves_for(most_tokens: int) -> int:
-    """In how many waves tokens should travel where ranks have at most N: in one where that is soon over."""
-    return 1 if most_tokens <= _FEW_TOKENS else WAVES
+def waves_for(most_tokens: int, width: int) -> int:
+    """In how many waves tokens should travel where ranks have at most N, of width D. In one where that is soon over, or
+    where rows are so narrow that a part of the GPU moves them much slower than all of it."""
+    return 1 if most_tokens <= _FEW_TOKENS or width < _WIDE else WAVES
 
 
 def dispatch_tokens(

@@ -1,4 +1,5 @@
-"""Causal and sliding-window attention, with value heads narrower than query-key heads (MLA: 192 and 128).
+"""Causal and sliding-window attention, within documents or whole samples, with value heads narrower than query-key
+heads (MLA: 192 and 128).
 
 Shapes: B batch, H heads, S sequence (queries), L keys, d query-key width, v value width, w window.
 """
@@ -27,8 +28,32 @@ def check_attention_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, wi
         raise ShapeError(f"expected a window of at least 1; found {window}")
 
 
+def check_document_starts(document_start_BS: torch.Tensor, q_BHSd: torch.Tensor) -> None:
+    """Refuses starts that are not those of the queries. Their values are not read: they may be on a GPU.
+
+    Raises:
+        ShapeError: with what was expected and found.
+    """
+    expected = (q_BHSd.shape[0], q_BHSd.shape[2])
+    if document_start_BS.shape != expected or document_start_BS.dtype != torch.int32:
+        raise ShapeError(
+            f"expected document starts of shape {expected} and torch.int32, found {tuple(document_start_BS.shape)} and "
+            f"{document_start_BS.dtype}: give each query the first key of its document"
+        )
+    if document_start_BS.device != q_BHSd.device:
+        raise ShapeError(
+            f"expected document starts on {q_BHSd.device}, found {document_start_BS.device}: move them to the queries"
+        )
+
+
 def attention(
-    q_BHSd: torch.Tensor, k_BHLd: torch.Tensor, v_BHLv: torch.Tensor, *, scale: float, window: int | None = None
+    q_BHSd: torch.Tensor,
+    k_BHLd: torch.Tensor,
+    v_BHLv: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    document_start_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention; the S queries are the last S of the L positions.
 
@@ -38,13 +63,27 @@ def attention(
         v_BHLv: values.
         scale: factor on the scores before the softmax.
         window: a query sees itself and the `window - 1` positions before it; None sees all before it.
+        document_start_BS: int32, for each query the first of the L positions that it may see, that of its document:
+            never decreasing along S, and at most the query's own, else results are undefined. None: the first of all.
 
     Returns:
         (B, H, S, v).
+
+    Raises:
+        ShapeError: the tensors, the window or the starts are not as described.
     """
     check_attention_shapes(q_BHSd, k_BHLd, v_BHLv, window)
     queries, keys = q_BHSd.shape[2], k_BHLd.shape[2]
     window = keys if window is None else min(window, keys)
+    if document_start_BS is not None:
+        check_document_starts(document_start_BS, q_BHSd)
+        if queries == keys and window * 2 <= keys:
+            return blockwise_window_attention(
+                q_BHSd, k_BHLd, v_BHLv, scale=scale, window=window, document_start_BS=document_start_BS
+            )
+        mask_SL = window_mask(queries, keys, window, q_BHSd.device)
+        mask_BSL = mask_SL & (torch.arange(keys, device=q_BHSd.device) >= document_start_BS[:, :, None])
+        return _sdpa(q_BHSd, k_BHLd, v_BHLv, scale=scale, attn_mask=mask_BSL[:, None])
     if queries < keys:
         return _sdpa(q_BHSd, k_BHLd, v_BHLv, scale=scale, attn_mask=window_mask(queries, keys, window, q_BHSd.device))
     if window == keys:
@@ -69,7 +108,13 @@ def window_mask(queries: int, keys: int, window: int, device: torch.device) -> t
 
 
 def blockwise_window_attention(
-    q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, *, scale: float, window: int
+    q_BHSd: torch.Tensor,
+    k_BHSd: torch.Tensor,
+    v_BHSv: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    document_start_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Window attention at a cost of 2·S·w instead of S²: blocks of w queries see their own and the previous block."""
     batch, length = q_BHSd.shape[0], q_BHSd.shape[2]
@@ -88,5 +133,11 @@ def blockwise_window_attention(
     q = in_blocks(q_BHSd).transpose(1, 2).flatten(0, 1)
     k = with_previous(k_BHSd).transpose(1, 2).flatten(0, 1)
     v = with_previous(v_BHSv).transpose(1, 2).flatten(0, 1)
-    out = _sdpa(q, k, v, scale=scale, attn_mask=mask.repeat(batch, 1, 1)[:, None])
+    mask = mask.repeat(batch, 1, 1)
+    if document_start_BS is not None:
+        start = F.pad(document_start_BS, (0, padding)).unflatten(1, (blocks, window))
+        key = torch.arange(2 * window, device=start.device)
+        before = window * torch.arange(-1, blocks - 1, device=start.device)  # the previous block's first position
+        mask &= (key + before[:, None, None] >= start[..., None]).flatten(0, 1)
+    out = _sdpa(q, k, v, scale=scale, attn_mask=mask[:, None])
     return out.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -25,7 +25,7 @@ class TritonKernel:
     """What it is written for, such as `sm_90a`."""
     signature: tuple[tuple[str, str], ...]
     """Arguments in order, with Triton's name of each type (`*fp32`, `i32`), but constants."""
-    constants: tuple[tuple[str, int], ...] = ()
+    constants: tuple[tuple[str, int | None], ...] = ()
     """`tl.constexpr` arguments, which come last."""
     aligned: tuple[str, ...] = ()
     """Arguments whose address or value is a multiple of 16."""
