@@ -13,7 +13,7 @@ from nmoe.rdep.errors import CapacityError, PeerTimeoutError, RdepError
 from nmoe.rdep.schema import RdepConfig
 from nmoe.rdep.transport import LocalTransport, open_transport
 
-DIM, HIDDEN, TOP_K, EXPERTS = 64, 32, 3, 8
+HIDDEN, TOP_K, EXPERTS = 32, 3, 8
 
 
 class Setting:
@@ -21,6 +21,7 @@ class Setting:
 
     def __init__(self, world, on_gpu, most, *, tokens=None, skew=None, seed=0):
         self.world, self.on_gpu, self.most = world, on_gpu, most
+        self.dim = dim = 2048 if most > 1024 else 64  # rows as wide as those that GPUs send in waves
         self.dtype = torch.bfloat16 if on_gpu else torch.float32
         self.ops = select_ops("native" if on_gpu else "reference", world.device)
         draw = torch.Generator().manual_seed(seed)
@@ -29,15 +30,15 @@ class Setting:
         def randn(*shape, scale=1.0):
             return (torch.randn(*shape, generator=draw) * scale).to(self.dtype).to(world.device)
 
-        self.x = [randn(n, DIM) for n in self.tokens]
-        self.dout = [randn(n, DIM) for n in self.tokens]
+        self.x = [randn(n, dim) for n in self.tokens]
+        self.dout = [randn(n, dim) for n in self.tokens]
         self.logits = [torch.randn(n, EXPERTS, generator=draw).to(world.device) for n in self.tokens]
         if skew is not None:
             for logits in self.logits:
                 logits[:, skew] += 100.0
         self.bias = torch.zeros(EXPERTS, device=world.device)
-        self.w13 = randn(EXPERTS, 2, HIDDEN, DIM, scale=DIM**-0.5)
-        self.w2 = randn(EXPERTS, DIM, HIDDEN, scale=HIDDEN**-0.5)
+        self.w13 = randn(EXPERTS, 2, HIDDEN, dim, scale=dim**-0.5)
+        self.w2 = randn(EXPERTS, dim, HIDDEN, scale=HIDDEN**-0.5)
 
     def run(self, layer, w13, w2, who):
         """Output, load and gradients of the tokens of ranks `who`, each at once."""
@@ -51,7 +52,7 @@ class Setting:
         return [out.detach(), load, x.grad, logits.grad, w13.grad, w2.grad]
 
     def of_one_rank(self):
-        layer = LocalTransport().layer(DIM, TOP_K, EXPERTS)
+        layer = LocalTransport().layer(self.dim, TOP_K, EXPERTS)
         return self.run(layer, self.w13, self.w2, range(self.world.size))
 
     def mine(self):
@@ -93,7 +94,7 @@ def equals_one_rank(world, on_gpu, most):
         Setting(world, on_gpu, most, tokens=[0] * world.size, seed=4),
     ]
     transport = open_(cases[0])
-    layers = [transport.layer(DIM, TOP_K, EXPERTS) for _ in range(2)]
+    layers = [transport.layer(cases[0].dim, TOP_K, EXPERTS) for _ in range(2)]
     assert transport.n_local(EXPERTS) == EXPERTS // world.size
     for number, setting in enumerate(cases):
         expected = setting.of_one_rank() if sum(setting.tokens) else None
@@ -102,7 +103,7 @@ def equals_one_rank(world, on_gpu, most):
             start = sum(setting.tokens[: world.rank])
             own = slice(start, start + setting.tokens[world.rank])
             if expected is None:
-                assert found[0].shape == (0, DIM)
+                assert found[0].shape == (0, setting.dim)
                 assert not any(bool(weight_grad.any()) for weight_grad in found[4:])
                 continue
             for name, index in (("out", 0), ("dx", 2), ("dlogits", 3)):
@@ -131,7 +132,7 @@ def same_bits(world, on_gpu, most, launches=10):
     """With delays drawn for each rank anew, every launch gives the same bits; on GPUs a graph's too."""
     setting = Setting(world, on_gpu, most)
     transport = open_(setting)
-    layer = transport.layer(DIM, TOP_K, EXPERTS)
+    layer = transport.layer(setting.dim, TOP_K, EXPERTS)
     delays = random.Random(world.rank)
     digests = set()
 
@@ -170,9 +171,9 @@ def stress(world, on_gpu, most, launches):
     """Many exchanges of random sizes with random delays: each output is the gated sum of what its experts give."""
     setting = Setting(world, on_gpu, most)
     transport = open_(setting)
-    layer = transport.layer(DIM, TOP_K, EXPERTS)
+    layer = transport.layer(setting.dim, TOP_K, EXPERTS)
     sizes, delays = random.Random(7), random.Random(world.rank)
-    local = LocalTransport().layer(DIM, TOP_K, EXPERTS)
+    local = LocalTransport().layer(setting.dim, TOP_K, EXPERTS)
     w13, w2 = setting.w13[setting.mine()], setting.w2[setting.mine()]
     for number in range(launches):
         tokens = [sizes.randint(0, most) for _ in range(world.size)][world.rank]
@@ -202,7 +203,7 @@ def overflow(world, on_gpu, most):
     for logits in setting.logits:
         logits[:, : EXPERTS // world.size] += 50.0
     transport = open_(setting, capacity_factor=1.0)
-    layer = transport.layer(DIM, TOP_K, EXPERTS)
+    layer = transport.layer(setting.dim, TOP_K, EXPERTS)
     arguments = (setting.w13[setting.mine()], setting.w2[setting.mine()], [world.rank])
     setting.run(layer, *arguments)
     if on_gpu:
@@ -219,7 +220,7 @@ def overflow(world, on_gpu, most):
     assert factor > 1.0
     transport.close()
     enough = open_(setting, capacity_factor=factor)
-    setting.run(enough.layer(DIM, TOP_K, EXPERTS), *arguments)
+    setting.run(enough.layer(setting.dim, TOP_K, EXPERTS), *arguments)
     if on_gpu:
         torch.cuda.synchronize()
     enough.faults.check()
@@ -231,15 +232,15 @@ def refusals(world, on_gpu, most):
     """What the layer was not made for is refused before anything is sent; so is a backward whose tokens are gone."""
     setting = Setting(world, on_gpu, most, tokens=[7] * world.size)
     transport = open_(setting)
-    layer = transport.layer(DIM, TOP_K, EXPERTS)
+    layer = transport.layer(setting.dim, TOP_K, EXPERTS)
     routing = setting.ops.route(setting.logits[world.rank], setting.bias, top_k=TOP_K)
     x, w13, w2 = setting.x[world.rank], setting.w13[setting.mine()], setting.w2[setting.mine()]
     more = setting.ops.route(torch.zeros(most + 1, EXPERTS, device=world.device), setting.bias, top_k=TOP_K)
     for arguments, told in (
         ((x.double(), routing, w13, w2), "found .* of torch.float64"),
-        ((x[:, :-8], routing, w13, w2), rf"tokens \(T, {DIM}\)"),
+        ((x[:, :-8], routing, w13, w2), rf"tokens \(T, {setting.dim}\)"),
         ((x[:5], routing, w13, w2), rf"experts \(5, {TOP_K}\)"),
-        ((x.new_zeros(most + 1, DIM), more, w13, w2), f"at most {most} tokens"),
+        ((x.new_zeros(most + 1, setting.dim), more, w13, w2), f"at most {most} tokens"),
         ((x, routing, setting.w13.repeat(2, 1, 1, 1), w2), "contiguous w13"),
         ((x, routing, w13, w2.transpose(1, 2).contiguous().transpose(1, 2)), "contiguous w2"),
     ):
@@ -260,7 +261,7 @@ def dead(world, on_gpu, most):
     """The last rank does not come: the others name it and its phase, and do not hang."""
     setting = Setting(world, on_gpu, most)
     transport = open_(setting, timeout_s=1.0)
-    layer = transport.layer(DIM, TOP_K, EXPERTS)
+    layer = transport.layer(setting.dim, TOP_K, EXPERTS)
     world.barrier()
     if world.rank == world.size - 1:
         time.sleep(3.0)

@@ -37,6 +37,7 @@ def everyone_writes_to_everyone(world, memory):
     rank, size = world.rank, world.size
     first = memory.allocate(4 * SECTION * size)
     second = memory.allocate(UNEVEN)
+    assert memory.allocated == 4 * SECTION * size + UNEVEN
     for buffers, nbytes in ((first, 4 * SECTION * size), (second, UNEVEN)):
         assert len(buffers) == size
         assert len({buffer.data_ptr() for buffer in buffers}) == size

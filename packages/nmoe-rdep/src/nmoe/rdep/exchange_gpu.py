@@ -190,4 +190,5 @@ class GpuExchange:
 
 
 def _n_waves(slab: Slab) -> int:
-    return exchange.waves_for(slab.x_WND[0].shape[1])
+    _, most_tokens, width = slab.x_WND[0].shape
+    return exchange.waves_for(most_tokens, width)

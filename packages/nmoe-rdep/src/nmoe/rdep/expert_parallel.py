@@ -78,6 +78,11 @@ class ExpertParallel:
         capacity = self._config.row_capacity(self._max_tokens, top_k, n_local, world)
         return _Layer(self._exchange, slab, gradients, returns, capacity, n_experts)
 
+    @property
+    def shared_bytes(self) -> int:
+        """See `Transport.shared_bytes`."""
+        return self._memory.allocated
+
     def close(self) -> None:
         """See `Transport.close`. No layer may be used any more."""
         if not self.faults.found:  # else the device may wait for a rank for ever: the memory goes with the process

@@ -37,6 +37,7 @@ class IpcMemory:
         self._own: list[int] = []
         self._peers: list[int] = []
         self._closed = False
+        self.allocated = 0
         torch.cuda.init()
         self._number = self._call(driver.cuDeviceGet(world.device.index), "to find its device")
         self._context = self._call(driver.cuDevicePrimaryCtxRetain(self._number), "to enter its context")
@@ -62,6 +63,7 @@ class IpcMemory:
         with self._in_context():
             handles = all_or_none(world, "IPC memory's handles", create)
             all_or_none(world, "IPC memory's mappings", map_all)
+        self.allocated += nbytes
         return tuple(_tensor(pointer, nbytes, self._device) for pointer in pointers)
 
     def close(self) -> None:

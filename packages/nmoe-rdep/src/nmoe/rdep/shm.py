@@ -33,6 +33,7 @@ class SharedMemory:
         # What Linux's shm_open uses; a Mac has no such folder, and maps a plain file just as well.
         self._folder = _SHM if _SHM.is_dir() else Path(tempfile.gettempdir())
         self._closed = False
+        self.allocated = 0
 
     def allocate(self, nbytes: int) -> tuple[torch.Tensor, ...]:
         """See `SymmetricMemory.allocate`."""
@@ -56,6 +57,7 @@ class SharedMemory:
             all_or_none(world, "shared memory's mappings", map_all)
         finally:
             own.unlink(missing_ok=True)
+        self.allocated += nbytes
         return tuple(buffers)
 
     def close(self) -> None:

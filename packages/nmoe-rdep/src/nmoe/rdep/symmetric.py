@@ -11,6 +11,9 @@ from nmoe.rdep.world import World
 class SymmetricMemory(Protocol):
     """Allocates buffers that all ranks of a world map. Every rank calls the same, in the same order."""
 
+    allocated: int
+    """Bytes of this rank's own buffers."""
+
     def allocate(self, nbytes: int) -> tuple[torch.Tensor, ...]:
         """Every rank's buffer, by rank: uint8 (nbytes,), zero, 256-byte aligned. `[rank]` is this rank's own.
 

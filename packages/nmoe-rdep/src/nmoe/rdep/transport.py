@@ -53,6 +53,11 @@ class Transport(Protocol):
         """How many of `n_experts` experts this rank owns."""
         ...
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of this rank's memory that all ranks map; PyTorch's allocator does not know of them."""
+        ...
+
     def close(self) -> None:
         """Gives back what the ranks share. Twice does no harm."""
         ...
@@ -72,6 +77,11 @@ class LocalTransport:
     def n_local(self, n_experts: int) -> int:
         """All."""
         return n_experts
+
+    @property
+    def shared_bytes(self) -> int:
+        """None."""
+        return 0
 
     def close(self) -> None:
         """There is nothing to give back."""
