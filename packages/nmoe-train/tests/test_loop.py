@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from nmoe.kernels.errors import UnsupportedArchError
+from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference.master import join_master
 from nmoe.model.transformer import Transformer
+from nmoe.rdep.transport import open_transport
+from nmoe.rdep.world import alone
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
 from nmoe.train.errors import IdentityMismatchError, NonFiniteError, WorldSizeError
 from nmoe.train.loop import train
@@ -307,6 +310,86 @@ def test_samples_are_asked_for_one_micro_batch_after_the_other(tmp_path):
 
     run_training(tmp_path, batches=Noted(61, 24))
     assert asked == list(range(6 * 4))
+
+
+class Documents:
+    """A document ends with the token 3; targets are hidden where asked for."""
+
+    def __init__(self, *, masking=False, hides=None):
+        self.masking, self.hides = masking, hides
+
+    def starts(self, sample):
+        if not self.masking:
+            return None
+        after = np.where(sample[:, :-1] == 3, np.arange(1, sample.shape[1]), 0)
+        return np.maximum.accumulate(np.pad(after, ((0, 0), (1, 0)))[:, :-1], axis=1).astype(np.int32)
+
+    def targets(self, sample):
+        return None if self.hides is None else np.where(self.hides(sample[:, 1:]), -100, sample[:, 1:])
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("masking", [False, True])
+def test_the_loss_is_the_mean_over_the_targets_that_count_within_documents(
+    tmp_path, recorder, masking, micro_batch_size
+):
+    """Within documents or not, and whatever the micro-batches, of which each has another number of targets."""
+    config = tiny_config(
+        train={"steps": 1, "micro_batch_size": micro_batch_size}, model={"mtp_depth": 0, "seq_balance_loss": 0.0}
+    )
+    documents = Documents(masking=masking, hides=lambda target: target < 5)
+    run_training(tmp_path, config=config, recorder=recorder, documents=documents)
+    sample = RandomTokens(61, 24).batch(0, 4)
+    target, start = documents.targets(sample), documents.starts(sample)
+    transport = open_transport(config.rdep, alone("cpu"), max_tokens=96, dtype=torch.float32)
+    model = Transformer.build(
+        config.model, select_ops("reference", "cpu"), transport, device="cpu", dtype=torch.float32, seed=0
+    ).eval()
+    with torch.no_grad():
+        nll = model.score(
+            torch.from_numpy(sample[:, :-1]),
+            torch.from_numpy(target),
+            document_start_BS=None if start is None else torch.from_numpy(start),
+        )
+        elsewhere = model.score(torch.from_numpy(sample[:, :-1]), torch.from_numpy(target))
+    assert recorder.steps[0].loss == pytest.approx(float(nll) / (target >= 0).sum(), rel=1e-5)
+    assert (abs(float(nll) - float(elsewhere)) > 1e-3) == masking
+
+
+def test_hiding_nothing_changes_no_more_than_rounding(tmp_path):
+    losses = []
+    for documents in (None, Documents(hides=lambda target: target < 0)):
+        config = tiny_config(train={"steps": 3}, optim={"dense_optimizer": "adamw", "expert_optimizer": "adamw"})
+        recorder = Recorder()
+        run_training(tmp_path, str(documents is None), config=config, recorder=recorder, documents=documents)
+        losses.append([step.loss for step in recorder.steps])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_hidden_targets_change_the_update(tmp_path):
+    plain, _ = run_training(tmp_path, "plain")
+    hiding, _ = run_training(tmp_path, "hiding", documents=Documents(hides=lambda target: target == 3))
+    assert digest(plain) != digest(hiding)
+
+
+def test_a_step_without_any_target_changes_no_weight_by_a_nan(tmp_path):
+    run, outcome = run_training(tmp_path, documents=Documents(hides=lambda target: target >= 0))
+    assert outcome.loss == 0.0
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+
+
+def test_the_checkpoint_counts_what_was_taken_not_what_was_read_ahead(tmp_path):
+    asked = []
+
+    class Noted(RandomTokens):
+        def batch(self, cursor, count):
+            asked.append(cursor)
+            return super().batch(cursor, count)
+
+    config = tiny_config(train={"steps": 50})
+    run, outcome = run_training(tmp_path, config=config, batches=Noted(61, 24), recorder=StopAt(3))
+    assert max(asked) >= 4 * outcome.step, "something was read ahead"
+    assert load(newest_complete(run.checkpoints)).document("progress")["cursor"] == 4 * outcome.step
 
 
 def _infinite_gradient(weight):

@@ -9,6 +9,7 @@ from nmoe.kernels.ops import select_ops
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport
 from nmoe.rdep.world import alone
+from nmoe.train.batches import StepBatch
 from nmoe.train.gradients import Gradients
 from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.schema import TrainingConfig
@@ -49,18 +50,22 @@ def _own_stream():
 
 @pytest.fixture(params=[True, False], ids=["graph", "eager"])
 def step(request):
+    return make_step(graph=request.param)
+
+
+def make_step(*, graph: bool) -> TrainStep:
     config = TrainingConfig.model_validate(CONFIG)
     ops = select_ops("native", "cuda")
     transport = LocalTransport(alone("cuda"))
     model = Transformer.build(config.model, ops, transport, device="cuda", dtype=torch.bfloat16, seed=0)
     flat = flatten(dict(model.named_parameters()), config.optim, transport.world)
     gradients, optimizer = Gradients(flat, ops), Optimizer(flat, config.optim, ops)
-    return TrainStep(model.train(), gradients, optimizer, config, transport, graph=request.param)
+    return TrainStep(model.train(), gradients, optimizer, config, transport, graph=graph)
 
 
 def launch(step: TrainStep, number: int):
     sample = torch.randint(64, (4, 65), generator=torch.Generator().manual_seed(number))
-    return step.launch(number, 4 * (number - 1), sample, nullcontext)
+    return step.launch(number, 4 * (number - 1), StepBatch(sample.cuda()), nullcontext)
 
 
 def state_of(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -102,3 +107,20 @@ def test_accumulators_hold_the_last_step(step):
     norms = [launch(step, number).wait().grad_norm for number in (1, 2, 3)]
     assert float(step.gradients.norm()) == pytest.approx(norms[-1], rel=1e-6)
     assert not step.gradients.not_finite()
+
+
+def test_documents_and_targets_of_each_step_reach_its_graphs():
+    """Replays see what eager steps see: every step has documents, targets and a number of targets of its own."""
+    losses = {}
+    for graph in (False, True):
+        step, losses[graph] = make_step(graph=graph), []
+        for number in range(1, 6):
+            draw = torch.Generator().manual_seed(number)
+            sample = torch.randint(64, (4, 65), generator=draw)
+            ends = torch.rand(4, 64, generator=draw) < 0.02 * number
+            starts = torch.where(ends, torch.arange(64), 0).cummax(1).values.int()
+            targets = torch.where(torch.rand(4, 64, generator=draw) < 0.1 * number, -100, sample[:, 1:])
+            batch = StepBatch(sample.cuda(), starts.cuda(), targets.cuda(), int((targets >= 0).sum()))
+            losses[graph].append(step.launch(number, 0, batch, nullcontext).wait().losses)
+    assert losses[True] == losses[False]
+    assert len(set(losses[True])) == 5

@@ -8,7 +8,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "experts_muon": {"model": EXPERTS, "optim": MUON},
     "experts_bf16": {"model": EXPERTS, "optim": MUON, "runtime": {"precision": "bf16"}},
     "experts_recomputed": {"model": EXPERTS, "optim": ADAMW, "train": {"recompute_layers": "all"}},
+    "experts_documents": {"model": EXPERTS, "optim": ADAMW},
 }
 """Sections that a run has of its own."""
 
@@ -81,16 +83,43 @@ def config_of(name: str, size: int, **more: Mapping[str, Any]) -> TrainingConfig
 
 
 class Tokens:
-    """Samples that are a function of their index alone; asked for sample `signal_at`, this process gets a SIGTERM."""
+    """Samples that are a function of their index alone."""
 
-    def __init__(self, length: int, signal_at: int | None = None) -> None:
-        self.length, self.signal_at = length, signal_at
+    def __init__(self, length: int) -> None:
+        self.length = length
 
     def batch(self, cursor: int, count: int) -> np.ndarray:
-        if self.signal_at is not None and cursor <= self.signal_at < cursor + count:
-            os.kill(os.getpid(), signal.SIGTERM)
         rows = [np.random.default_rng(cursor + i).integers(0, 8, self.length + 1) for i in range(count)]
         return np.stack(rows).astype(np.int64)
+
+
+class Documents:
+    """A document ends with 0, which is no target: every rank has another number of targets."""
+
+    def starts(self, sample_NS1: np.ndarray) -> np.ndarray:
+        after = np.where(sample_NS1[:, :-1] == 0, np.arange(1, sample_NS1.shape[1]), 0)
+        return np.maximum.accumulate(np.pad(after, ((0, 0), (1, 0)))[:, :-1], axis=1).astype(np.int32)
+
+    def targets(self, sample_NS1: np.ndarray) -> np.ndarray:
+        return np.where(sample_NS1[:, 1:] == 0, -100, sample_NS1[:, 1:])
+
+
+@contextmanager
+def when_taken(cursor: int | None, action: Callable[[], None]) -> Iterator[None]:
+    """Does something on this rank when a step takes the samples at `cursor`; they may have been read long before."""
+    original = loop.Batches
+
+    class Noticed(original):  # type: ignore[misc, valid-type]
+        def take(self, at: int) -> Any:
+            if at == cursor:
+                action()
+            return super().take(at)
+
+    loop.Batches = Noticed  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        loop.Batches = original  # type: ignore[misc]
 
 
 class Recorder:
@@ -122,14 +151,14 @@ class Ranks:
 
         loop.TrainState = Remembered  # type: ignore[misc]
 
-    def run(self, name: str, config: TrainingConfig, tokens: Tokens | None = None, **options: Any) -> dict[str, Any]:
+    def run(self, name: str, config: TrainingConfig, **options: Any) -> dict[str, Any]:
         run = RunFolder(self.folder, name)
         run.path.mkdir(parents=True, exist_ok=True)
         recorder = Recorder()
         outcome = train(
             config,
             run=run,
-            batches=tokens or Tokens(config.train.seq_len),
+            batches=Tokens(config.train.seq_len),
             identity={},
             reporter=recorder,
             world=self.world,
@@ -140,7 +169,8 @@ class Ranks:
 
 def whole(ranks: Ranks, name: str) -> dict[str, Any]:
     """A run of two steps."""
-    return ranks.run(name, config_of(name, ranks.world.size))
+    documents = Documents() if name == "experts_documents" else None
+    return ranks.run(name, config_of(name, ranks.world.size), documents=documents)
 
 
 def longer(ranks: Ranks, name: str) -> dict[str, Any]:
@@ -179,12 +209,12 @@ def started(ranks: Ranks, name: str) -> dict[str, Any]:
 
 
 def stopped(ranks: Ranks, name: str) -> dict[str, Any]:
-    """The last rank gets a signal within step 3, when it asks for its samples; figures are read a step late."""
+    """The last rank gets a signal within step 3, when it takes its samples; figures are read a step late."""
     size = ranks.world.size
     STEPS_LATE["cpu"] = 1
-    tokens = Tokens(24, signal_at=2 * 8 + size - 1 if ranks.world.rank == size - 1 else None)
     try:
-        found = ranks.run(f"stopped-{name}", config_of(name, size, train={"steps": 9}), tokens)
+        with when_taken(2 * 8 if ranks.world.rank == size - 1 else None, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            found = ranks.run(f"stopped-{name}", config_of(name, size, train={"steps": 9}))
     finally:
         STEPS_LATE["cpu"] = 0
     steps = ranks.world.share(f"stopped {name}", str(found["step"]).encode())
@@ -196,21 +226,18 @@ def faulty(ranks: Ranks, name: str) -> dict[str, Any]:
     size, opened = ranks.world.size, loop.open_transport
     transports: list[Transport] = []
 
-    class Overflowing(Tokens):
-        def batch(self, cursor: int, count: int) -> np.ndarray:
-            if cursor == 2 * 8 + size - 1:
-                transports[-1].faults.report_overflow(10, 5)
-            return super().batch(cursor, count)
-
     def open_transport(*args: Any, **keys: Any) -> Transport:
         transports.append(opened(*args, **keys))
         return transports[-1]
 
+    def overflow() -> None:
+        transports[-1].faults.report_overflow(10, 5)
+
     loop.open_transport = open_transport
-    tokens = Overflowing(24) if ranks.world.rank == size - 1 else Tokens(24)
     config = config_of(name, size, train={"steps": 9}, checkpoint={"every": 1})
     try:
-        ranks.run(f"faulty-{name}", config, tokens)
+        with when_taken(2 * 8 if ranks.world.rank == size - 1 else None, overflow):
+            ranks.run(f"faulty-{name}", config)
     except (CapacityError, PeerFaultError) as error:
         told = f"{type(error).__name__}: {error}"
     finally:

@@ -6,6 +6,7 @@ n width without position, r RoPE width, v value width.
 
 import torch
 from nmoe.kernels.ops import Ops
+from nmoe.model.branches import Branches
 from nmoe.model.cache import LayerCache
 from nmoe.model.layers import Linear, RMSNorm, Rope, softmax_scale
 from nmoe.model.schema import ModelConfig
@@ -46,8 +47,16 @@ class MultiHeadLatentAttention(nn.Module):
         self.wkv_b = Linear(rank, config.n_heads * (nope + value))
         self.wo = Linear(config.n_heads * value, config.dim)
 
-    def forward(self, x_BSD: torch.Tensor, rope: Rope, cache: LayerCache | None = None) -> torch.Tensor:
-        """(B, S, D) to (B, S, D); with a cache, x continues what it holds."""
+    def forward(
+        self,
+        x_BSD: torch.Tensor,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        document_start_BS: torch.Tensor | None = None,
+        branches: Branches | None = None,
+    ) -> torch.Tensor:
+        """(B, S, D) to (B, S, D); with a cache, x continues what it holds. Documents are as `Transformer.hidden` has
+        them. With branches, x is one row of the tokens of all rows."""
         q_BSHd = (self.wq_b(self.q_norm(self.wq_a(x_BSD))) if self.has_q_lora else self.wq(x_BSD)).unflatten(
             -1, (self.n_heads, -1)
         )
@@ -55,19 +64,38 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSc, k_rope_BSr = self.kv_norm(latent), self.ops.rope(k_rope[:, :, None], *rope)[:, :, 0]
         if cache is not None:
             latent_BSc, k_rope_BSr = cache.append(latent_BSc, k_rope_BSr)
-        decoding = latent_BSc.shape[1] > x_BSD.shape[1]
-        attend = self._attend_in_latent_space if decoding else self._attend
-        return self.wo(attend(q_BSHd, latent_BSc, k_rope_BSr, rope).flatten(2))
+        if latent_BSc.shape[1] > x_BSD.shape[1]:
+            out_BSHv = self._attend_in_latent_space(q_BSHd, latent_BSc, k_rope_BSr, rope, document_start_BS)
+        else:
+            out_BSHv = self._attend(q_BSHd, latent_BSc, k_rope_BSr, rope, document_start_BS, branches)
+        return self.wo(out_BSHv.flatten(2))
 
     def _attend(
-        self, q_BSHd: torch.Tensor, latent_BSc: torch.Tensor, k_rope_BSr: torch.Tensor, rope: Rope
+        self,
+        q_BSHd: torch.Tensor,
+        latent_BSc: torch.Tensor,
+        k_rope_BSr: torch.Tensor,
+        rope: Rope,
+        document_start_BS: torch.Tensor | None,
+        branches: Branches | None,
     ) -> torch.Tensor:
         kv_BSHx = self.wkv_b(latent_BSc).unflatten(-1, (self.n_heads, -1))
         q_BHSd, k_BHSd, v_BHSv = self.ops.mla_heads(q_BSHd, kv_BSHx, k_rope_BSr, *rope)
-        return self.ops.attention(q_BHSd, k_BHSd, v_BHSv, scale=self.scale, window=self.window).transpose(1, 2)
+        if branches is not None:
+            out_BHSv = branches.attend(self.ops.attention, q_BHSd, k_BHSd, v_BHSv, scale=self.scale, window=self.window)
+        else:
+            out_BHSv = self.ops.attention(
+                q_BHSd, k_BHSd, v_BHSv, scale=self.scale, window=self.window, document_start_BS=document_start_BS
+            )
+        return out_BHSv.transpose(1, 2)
 
     def _attend_in_latent_space(
-        self, q_BSHd: torch.Tensor, latent_BLc: torch.Tensor, k_rope_BLr: torch.Tensor, rope: Rope
+        self,
+        q_BSHd: torch.Tensor,
+        latent_BLc: torch.Tensor,
+        k_rope_BLr: torch.Tensor,
+        rope: Rope,
+        document_start_BS: torch.Tensor | None,
     ) -> torch.Tensor:
         """Decoding: the key projection moves to the query and the value projection to the output, so that the cached
         latents are used as they are, not expanded to H heads at every token."""
@@ -77,5 +105,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_BHSx = torch.cat((torch.einsum("bshn,hnc->bhsc", q_nope_BSHn, wk_Hnc), q_rope_BHSr), dim=-1)
         k_BHLx = torch.cat((latent_BLc, k_rope_BLr), dim=-1)[:, None].expand(-1, self.n_heads, -1, -1)
         v_BHLc = latent_BLc[:, None].expand(-1, self.n_heads, -1, -1)
-        out_BHSc = self.ops.attention(q_BHSx, k_BHLx, v_BHLc, scale=self.scale, window=self.window)
+        out_BHSc = self.ops.attention(
+            q_BHSx, k_BHLx, v_BHLc, scale=self.scale, window=self.window, document_start_BS=document_start_BS
+        )
         return torch.einsum("bhsc,hvc->bshv", out_BHSc, wv_Hvc)

@@ -4,6 +4,7 @@ import torch
 from nmoe.kernels.ops import Ops
 from nmoe.model.attention_mla import MultiHeadLatentAttention
 from nmoe.model.attention_sdpa import MultiHeadAttention
+from nmoe.model.branches import Branches
 from nmoe.model.cache import LayerCache
 from nmoe.model.feed_forward import MixtureOfExperts, Mlp, MoeOutput
 from nmoe.model.layers import RMSNorm, Rope
@@ -30,7 +31,13 @@ class Block(nn.Module):
             self.ffn = MixtureOfExperts(config, ops, transport)
 
     def forward(
-        self, x_BSD: torch.Tensor, delta_BSD: torch.Tensor | None, rope: Rope, cache: LayerCache | None = None
+        self,
+        x_BSD: torch.Tensor,
+        delta_BSD: torch.Tensor | None,
+        rope: Rope,
+        cache: LayerCache | None = None,
+        document_start_BS: torch.Tensor | None = None,
+        branches: Branches | None = None,
     ) -> tuple[torch.Tensor, MoeOutput]:
         """Adds what the layer before left to be added, and leaves its own feed-forward part's output likewise: every
         addition goes with the norm that follows it.
@@ -40,12 +47,15 @@ class Block(nn.Module):
             delta_BSD: what is still to be added to it; None before the first layer.
             rope: tables of the positions.
             cache: what came before them.
+            document_start_BS: see `Transformer.hidden`.
+            branches: see `Transformer.hidden`; x is then one row of the tokens of all rows.
 
         Returns:
             The residual stream up to the feed-forward part, and that part's output, which is still to be added.
         """
         x_BSD, normed_BSD = self.attn_norm.after_adding(x_BSD, delta_BSD)
-        x_BSD, normed_BSD = self.ffn_norm.after_adding(x_BSD, self.attn(normed_BSD, rope, cache))
+        attended_BSD = self.attn(normed_BSD, rope, cache, document_start_BS, branches)
+        x_BSD, normed_BSD = self.ffn_norm.after_adding(x_BSD, attended_BSD)
         if isinstance(self.ffn, Mlp):
             return x_BSD, MoeOutput(self.ffn(normed_BSD))
         return x_BSD, self.ffn(normed_BSD)

@@ -64,10 +64,13 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, start: int, count: int, device: torch.device) -> Rope:
         """Tables for positions `start` to `start + count - 1`."""
-        positions = torch.arange(start, start + count, device=device)
-        yarn = self.yarn
+        return self.at(torch.arange(start, start + count, device=device))
+
+    def at(self, position_S: torch.Tensor) -> Rope:
+        """Tables for any positions, int64 (S)."""
+        yarn, device = self.yarn, position_S.device
         if yarn is None:
-            return rope_tables(positions, rope_frequencies(self.dim, self.theta, device))
+            return rope_tables(position_S, rope_frequencies(self.dim, self.theta, device))
         frequencies = yarn_frequencies(
             self.dim,
             self.theta,
@@ -78,7 +81,7 @@ class RotaryEmbedding(nn.Module):
             device=device,
         )
         ratio = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-        return rope_tables(positions, frequencies, ratio)
+        return rope_tables(position_S, frequencies, ratio)
 
 
 def softmax_scale(config: ModelConfig, qk_width: int) -> float:

@@ -28,14 +28,24 @@ class MtpModule(nn.Module):
         self.block = Block(config, config.n_layers + depth - 1, ops, transport)
         self.norm = RMSNorm(config.dim, config.norm_eps, ops)
 
-    def forward(self, state_BSD: torch.Tensor, embedding_BSD: torch.Tensor, rope: Rope) -> MoeOutput:
+    def forward(
+        self,
+        state_BSD: torch.Tensor,
+        embedding_BSD: torch.Tensor,
+        rope: Rope,
+        document_start_BS: torch.Tensor | None = None,
+    ) -> MoeOutput:
         """Equations 21 and 22, then this depth's final norm: the state that the shared head reads.
 
         Args:
             state_BSD: the previous depth's states at positions i.
             embedding_BSD: embeddings of tokens i + k.
             rope: tables of positions i.
+            document_start_BS: for each position i the first one of its own document, which is the trunk's: not that of
+                token i + k. A position whose target, token i + k + 1, is in its document then sees only positions whose
+                own token i + k is too, and so gives what the document alone would. The last k positions of a document
+                read embeddings of the next one's tokens, which only they see.
         """
         joined = torch.cat((self.hidden_norm(state_BSD), self.embed_norm(embedding_BSD)), dim=-1)
-        x_BSD, out = self.block(self.proj(joined), None, rope)
+        x_BSD, out = self.block(self.proj(joined), None, rope, None, document_start_BS)
         return out._replace(out_BSD=self.norm.after_adding(x_BSD, out.out_BSD)[1])

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from nmoe.kernels.ops import Ops
 from nmoe.model.block import Block
+from nmoe.model.branches import Branches
 from nmoe.model.cache import Cache
 from nmoe.model.feed_forward import Experts, Router
 from nmoe.model.layers import Embedding, Linear, RMSNorm, RotaryEmbedding
@@ -101,37 +102,84 @@ class Transformer(nn.Module):
             whole = parameter.new_empty(of.n_experts, *parameter.shape[1:]).normal_(0.0, std, generator=generator)
             parameter.copy_(whole[of.first : of.first + len(parameter)])
 
-    def hidden(self, token_BS: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """States after the final norm, (B, S, D); with a cache, the tokens continue what it holds."""
-        return self._trunk(token_BS, cache)[0]
+    def hidden(
+        self,
+        token_BS: torch.Tensor,
+        cache: Cache | None = None,
+        *,
+        document_start_BS: torch.Tensor | None = None,
+        branches: Branches | None = None,
+    ) -> torch.Tensor:
+        """States after the final norm, (B, S, D).
+
+        Args:
+            token_BS: int64 tokens.
+            cache: the tokens continue what it holds, which positions count too.
+            document_start_BS: int32, for each position the first position of its document, before which attention sees
+                nothing; never decreasing along S, at most the position. None: a sample is one document. RoPE's
+                positions stay those in the sample: scores depend on differences of positions alone, and within a
+                document these are the same.
+            branches: the rows are trees; with neither cache nor documents.
+        """
+        if branches is None:
+            return self._trunk(token_BS, cache, document_start_BS)[0]
+        assert cache is None, "nothing asks for both"
+        assert document_start_BS is None, "nothing asks for both"
+        # Ops turn by the place in a row, and each row has positions of its own: all tokens become one row.
+        return self._trunk(token_BS.flatten()[None], None, None, branches=branches)[0].view(*token_BS.shape, -1)
 
     def _trunk(
-        self, token_BS: torch.Tensor, cache: Cache | None, recompute: Collection[int] = ()
+        self,
+        token_BS: torch.Tensor,
+        cache: Cache | None,
+        document_start_BS: torch.Tensor | None,
+        recompute: Collection[int] = (),
+        branches: Branches | None = None,
     ) -> tuple[torch.Tensor, list[_Told]]:
-        start = 0 if cache is None else cache.length
-        rope = self.rope(start, token_BS.shape[1], token_BS.device)
+        if branches is None:
+            rope = self.rope(0 if cache is None else cache.length, token_BS.shape[1], token_BS.device)
+        else:
+            rope = self.rope.at(branches.position_BS.flatten())
         x_BSD, delta_BSD, told = self.embed(token_BS), None, []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
             if i in recompute and delta_BSD is not None:
                 x_BSD, delta_BSD = x_BSD + delta_BSD, None  # the same sum, and one tensor to keep instead of two
-            x_BSD, out = _run(layer, i in recompute, x_BSD, delta_BSD, rope, layer_cache)
+            inputs = (x_BSD, delta_BSD, rope, layer_cache, document_start_BS, branches)
+            x_BSD, out = _run(layer, i in recompute, *inputs)
             delta_BSD = out.out_BSD
             told.append((out.balance, out.load_E))
         return self.norm.after_adding(x_BSD, delta_BSD)[1], told
 
-    def logits(self, token_BS: torch.Tensor, cache: Cache | None = None, *, last_only: bool = False) -> torch.Tensor:
-        """Next-token logits (B, S, V), or (B, 1, V) of the last position."""
-        state_BSD = self.hidden(token_BS, cache)
+    def logits(
+        self,
+        token_BS: torch.Tensor,
+        cache: Cache | None = None,
+        *,
+        document_start_BS: torch.Tensor | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """Next-token logits (B, S, V), or (B, 1, V) of the last position. Documents as `hidden` has them."""
+        state_BSD = self.hidden(token_BS, cache, document_start_BS=document_start_BS)
         return self.head(state_BSD[:, -1:] if last_only else state_BSD)
 
-    def score(self, input_BS: torch.Tensor, target_BS: torch.Tensor) -> torch.Tensor:
-        """Sum of `-log p(target)` in nats over targets that are not -100; never holds T×V logits."""
-        state_TD = self.hidden(input_BS).flatten(0, 1)
+    def score(
+        self, input_BS: torch.Tensor, target_BS: torch.Tensor, *, document_start_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sum of `-log p(target)` in nats over targets that are not -100; never holds T×V logits. Documents as `hidden`
+        has them."""
+        state_TD = self.hidden(input_BS, document_start_BS=document_start_BS).flatten(0, 1)
         return self.ops.linear_cross_entropy(state_TD, self.head.weight, target_BS.flatten())
 
     def training_loss(
-        self, sample_BS1: torch.Tensor, n_tokens: int, *, recompute: Collection[int] = ()
+        self,
+        sample_BS1: torch.Tensor,
+        n_tokens: int,
+        *,
+        document_start_BS: torch.Tensor | None = None,
+        target_BS: torch.Tensor | None = None,
+        n_targets: torch.Tensor | None = None,
+        recompute: Collection[int] = (),
     ) -> TrainingLoss:
         """Loss of samples of S + 1 tokens, over `n_tokens`, the predicted tokens of the whole global batch.
 
@@ -142,25 +190,34 @@ class Transformer(nn.Module):
         Args:
             sample_BS1: int64 tokens.
             n_tokens: divides the losses.
+            document_start_BS: of the S input positions, as `hidden` has them; MTP's modules take those of their own
+                positions (see `MtpModule.forward`).
+            target_BS: int64, what to predict at each input position, -100 where nothing; None: the token that follows,
+                also where that is a document's first and all that is seen is the document before it.
+            n_targets: int64 scalar on the device, how many targets of the whole global batch are not -100: divides the
+                cross-entropies then, in place of `n_tokens`.
             recompute: layers that keep their input alone and compute the rest again in the backward, for the same bits
                 in less memory. MTP's modules are numbered on from the trunk's layers.
         """
         length = sample_BS1.shape[1] - 1
-        input_BS, target_BS = sample_BS1[:, :-1], sample_BS1[:, 1:]
-        state_BSD, told = self._trunk(input_BS, None, recompute)
+        input_BS = sample_BS1[:, :-1]
+        target_BS = sample_BS1[:, 1:] if target_BS is None else target_BS
+        divisor = n_tokens if n_targets is None else n_targets
+        state_BSD, told = self._trunk(input_BS, None, document_start_BS, recompute)
         nll = self.ops.linear_cross_entropy(state_BSD.flatten(0, 1), self.head.weight, target_BS.flatten())
-        total = nll / n_tokens
+        total = nll / divisor
         for depth, module in enumerate(self.mtp, start=1):
             rope = self.rope(0, length - depth, sample_BS1.device)
             embedding_BSD = self.embed(input_BS[:, depth:])
             recomputed = self.config.n_layers + depth - 1 in recompute
             before_BSD = state_BSD[:, : length - depth]
-            state_BSD, balance, load_E = _run(module, recomputed, before_BSD, embedding_BSD, rope)
+            starts_BS = None if document_start_BS is None else document_start_BS[:, : length - depth]
+            state_BSD, balance, load_E = _run(module, recomputed, before_BSD, embedding_BSD, rope, starts_BS)
             told.append((balance, load_E))
             loss = self.ops.linear_cross_entropy(
                 state_BSD.flatten(0, 1), self.head.weight, target_BS[:, depth:].flatten()
             )
-            total = total + loss * (self.config.mtp_loss_weight / self.config.mtp_depth / n_tokens)
+            total = total + loss * (self.config.mtp_loss_weight / self.config.mtp_depth / divisor)
         for balance, _ in told:
             if balance is not None:
                 total = total + balance * (length / n_tokens)
@@ -168,7 +225,7 @@ class Transformer(nn.Module):
             loads = (load_E for _, load_E in told if load_E is not None)
             for (_, router), load_E in zip(self.routers(), loads, strict=True):
                 router.load += load_E
-        return TrainingLoss(total, (nll / n_tokens).detach())
+        return TrainingLoss(total, (nll / divisor).detach())
 
     def routers(self) -> Iterator[tuple[str, Router]]:
         """Every router by the name of its block, in order."""

@@ -48,7 +48,9 @@ class Moment:
 class Clock:
     """Times steps on the device, without checkpoints and evaluations, and derives rates."""
 
-    def __init__(self, config: TrainingConfig, device: torch.device, first_step: int) -> None:
+    def __init__(self, config: TrainingConfig, device: torch.device, first_step: int, shared_bytes: int) -> None:
+        """`shared_bytes`: what ranks share of the device's memory, beside PyTorch's."""
+        self.shared_bytes = shared_bytes
         self.device, self.tokens = device, config.tokens_per_step
         self.flops = flops_per_token(config.model, config.train.seq_len) * self.tokens
         self.peak = _peak_flops(device) * config.runtime.world_size if config.runtime.precision == "bf16" else 0.0
@@ -67,7 +69,8 @@ class Clock:
     def figures(self, step: int, steps: int) -> dict[str, Any]:
         """The fields of a `StepReport` that are about time and room."""
         mean = self.total / (step - self.first_step)
-        memory = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident_bytes()
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) + self.shared_bytes if on_gpu else _resident_bytes()
         return {
             "ms": self.seconds * 1e3,
             "tokens_per_s": self.tokens / self.seconds,

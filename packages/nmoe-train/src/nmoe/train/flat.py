@@ -17,7 +17,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class FlatGroup(Generic[Key]):
-    """Parameters of one key and dtype, which become views of `weight`. Equal matrices lie side by side."""
+    """Parameters of one key and dtype, which become views of `weight`."""
 
     def __init__(
         self,
@@ -26,17 +26,16 @@ class FlatGroup(Generic[Key]):
         lay_out: Callable[[Key, Mapping[str, Shape]], Layout],
         world: World,
     ) -> None:
-        ordered = dict(sorted(parameters.items(), key=lambda item: item[1].shape[-2:]))
-        first = next(iter(ordered.values()))
+        first = next(iter(parameters.values()))
         self.key, self.dtype, self.world = key, first.dtype, world
-        self.layout = lay_out(key, {name: parameter.shape for name, parameter in ordered.items()})
-        by_place = sorted(ordered, key=self.layout.starts.__getitem__)
-        self.shapes: dict[str, torch.Size] = {name: ordered[name].shape for name in by_place}
+        self.layout = lay_out(key, {name: parameter.shape for name, parameter in parameters.items()})
+        by_place = sorted(parameters, key=self.layout.starts.__getitem__)
+        self.shapes: dict[str, torch.Size] = {name: parameters[name].shape for name in by_place}
         self.weight = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
         for name in by_place:
             place = self.view(self.weight, name)
-            place.copy_(ordered[name].data)
-            ordered[name].data = place  # frees the parameter's own memory
+            place.copy_(parameters[name].data)
+            parameters[name].data = place  # frees the parameter's own memory
 
     @property
     def divided(self) -> bool:
@@ -84,7 +83,7 @@ class FlatParameters(Generic[Key]):
     Args:
         parameters: by name; their values are kept, and their `data` become views.
         key_of: what parameters of one group share, beside their dtype, by name.
-        lay_out: places the parameters of a key, given in an order in which equal matrices follow one another.
+        lay_out: places the parameters of a key.
         world: whose ranks divide what a layout divides.
     """
 

@@ -1,13 +1,16 @@
 """fp32 gradient accumulators, summed over micro-batches and ranks, and what is asked of them: norm, clipping, where one
 is not finite."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from nmoe.kernels.main_grad import deliver
 from nmoe.kernels.ops import Ops
-from nmoe.train.flat import FlatGroup, FlatParameters
+from nmoe.train.flat import FlatParameters
+from nmoe.train.reducer import Reducer, clear_unreached
 
 
 class Gradients:
@@ -18,7 +21,7 @@ class Gradients:
 
     Of parameters that this rank alone updates, `main_grad` is the accumulator itself: a step's first gradient
     overwrites what the last step left, and only accumulators that none has reached are cleared, when they are read. Of
-    parameters that ranks divide, it holds one micro-batch's gradients; `reduce` adds their sum over ranks to the
+    parameters that ranks divide, it holds one micro-batch's gradients; a `Reducer` adds their sum over ranks to the
     accumulators, which a rank has of its own pieces alone.
     """
 
@@ -26,20 +29,18 @@ class Gradients:
         self._ops, self._flat = ops, flat
         wide = [torch.promote_types(group.dtype, torch.float32) for group in flat.groups]
         self._sums = [group.shard_zeros(dtype) for group, dtype in zip(flat.groups, wide, strict=True)]
-        self._divided: list[_Divided] = []
+        divided = []
         for group, sums in zip(flat.groups, self._sums, strict=True):
             taken = group.zeros(sums.dtype) if group.divided else sums
             for name in group.shapes:
                 parameter = flat.parameters[name]
                 parameter.main_grad = group.view(taken, name)  # type: ignore[attr-defined]
-                parameter.register_post_accumulate_grad_hook(_move_to_main_grad)
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, name))
             if group.divided:
-                self._divided.append(_Divided(group, taken, sums, [flat.parameters[name] for name in group.shapes]))
+                divided.append((group, taken, sums))
+        self._reducer = Reducer(divided, flat.parameters, flat.world)
         kept = {name for group in flat.groups if not group.divided for name in group.shapes}
         self._kept = [parameter for name, parameter in flat.parameters.items() if name in kept]
-        # What the later micro-batches' sums over ranks lie in until they are added.
-        longest = max((piece for divided in self._divided for piece in divided.pieces), default=0)
-        self._piece = {dtype: torch.empty(longest, dtype=dtype, device=self._sums[0].device) for dtype in set(wide)}
         self.zero()
 
     def zero(self) -> None:
@@ -47,14 +48,16 @@ class Gradients:
         for parameter in self._flat.parameters.values():
             parameter.main_grad_stale = True  # type: ignore[attr-defined]
 
-    def reduce(self, *, first: bool) -> None:
-        """After each micro-batch: adds what ranks divide, summed over them, to the accumulators.
+    @contextmanager
+    def micro_batch(self, *, first: bool) -> Iterator[None]:
+        """Around each micro-batch's backward: what ranks divide is summed over them and added to the accumulators.
 
         Args:
             first: of the step; overwrites what the last step left.
         """
-        for divided in self._divided:
-            divided.reduce(self._piece[divided.sums.dtype], first=first)
+        self._reducer.begin(first=first)
+        yield
+        self._reducer.finish()
 
     def replayed(self) -> None:
         """A CUDA graph has made the step: every accumulator counts, though no Python ran that would have noted it."""
@@ -75,12 +78,20 @@ class Gradients:
     @property
     def sums(self) -> Sequence[torch.Tensor]:
         """The same, as the shard of each group, in the groups' order."""
-        _settle(self._kept)
+        for parameter in self._kept:
+            clear_unreached(parameter)
         return self._sums
 
     def norm(self) -> torch.Tensor:
         """2-norm of what this rank accumulates, a scalar on the device."""
         return self._ops.global_norm(self.sums)
+
+    def _arrived(self, name: str, parameter: torch.Tensor) -> None:
+        """Autograd has made the gradient, or an op with a hand-derived backward has written it to main_grad itself."""
+        if parameter.grad is not None:
+            deliver(parameter, parameter.grad)
+            parameter.grad = None
+        self._reducer.arrived(name)
 
     def not_finite(self) -> list[str]:
         """Names of the parameters of whose gradients this rank has a NaN or an infinity."""
@@ -89,51 +100,8 @@ class Gradients:
         ]
 
 
-class _Divided:
-    """A micro-batch's gradients of a group that ranks divide, and this rank's shard of their sums."""
-
-    def __init__(
-        self, group: FlatGroup[Any], taken: torch.Tensor, sums: torch.Tensor, parameters: Sequence[torch.Tensor]
-    ) -> None:
-        self.sums = sums
-        self._world, self._parameters = group.world, parameters
-        self._chunks = [(chunk, sums[piece]) for chunk, piece in group.chunks(taken)]
-
-    @property
-    def pieces(self) -> list[int]:
-        """Elements of each piece."""
-        return [piece.numel() for _, piece in self._chunks]
-
-    def reduce(self, temporary: torch.Tensor, *, first: bool) -> None:
-        _settle(self._parameters)
-        for chunk, sums in self._chunks:
-            if first:
-                self._world.scatter_sum(chunk, sums)
-                continue
-            piece = temporary[: sums.numel()]
-            self._world.scatter_sum(chunk, piece)
-            sums.add_(piece)
-        for parameter in self._parameters:
-            parameter.main_grad_stale = True  # type: ignore[attr-defined]
-
-
 def clip_factor(norm: torch.Tensor, limit: float | None) -> torch.Tensor:
     """Factor that brings a gradient of this norm under `limit`; 1 where it is under it, or no limit is set."""
     if limit is None:
         return torch.ones_like(norm)
     return (limit / (norm + 1e-6)).clamp(max=1.0)
-
-
-def _settle(parameters: Sequence[torch.Tensor]) -> None:
-    """Clears what no gradient has reached."""
-    for parameter in parameters:
-        if parameter.main_grad_stale:  # type: ignore[attr-defined]
-            parameter.main_grad.zero_()  # type: ignore[attr-defined]
-            parameter.main_grad_stale = False  # type: ignore[attr-defined]
-
-
-def _move_to_main_grad(parameter: torch.Tensor) -> None:
-    if parameter.grad is None:  # an op with a hand-derived backward has written to main_grad itself
-        return
-    deliver(parameter, parameter.grad)
-    parameter.grad = None

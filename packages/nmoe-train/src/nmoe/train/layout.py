@@ -76,13 +76,14 @@ class Layout:
 
 
 def side_by_side(shapes: Mapping[str, Shape]) -> Layout:
-    """Parameters one after the other, all updated here."""
-    starts, size = _row(shapes)
+    """Parameters one after the other, equal matrices beside each other, all updated here."""
+    starts, size = _row(dict(sorted(shapes.items(), key=lambda item: item[1][-2:])))
     return Layout(starts, (Chunk(0, size),))
 
 
 def cut_anywhere(shapes: Mapping[str, Shape], *, ranks: int, rank: int, chunk_size: int) -> Layout:
-    """Parameters one after the other, cut into equal pieces wherever that falls: for updates element by element.
+    """Parameters one after the other, cut into equal pieces wherever that falls: for updates element by element. They
+    keep their order, so that the parameters of a chunk get their gradients at about the same time.
 
     Args:
         shapes: of the parameters.

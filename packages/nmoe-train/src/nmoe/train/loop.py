@@ -7,7 +7,6 @@ from functools import wraps
 from types import MappingProxyType
 from typing import Any, Concatenate, Literal, ParamSpec
 
-import numpy as np
 import torch
 from nmoe.kernels.arch import detect_arch
 from nmoe.kernels.ops import select_ops
@@ -15,6 +14,7 @@ from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import Transport, open_transport
 from nmoe.rdep.world import World, alone
+from nmoe.train.batches import Batches
 from nmoe.train.checkpointer import Checkpointer
 from nmoe.train.clock import Clock
 from nmoe.train.errors import PeerFaultError, WorldSizeError
@@ -22,7 +22,7 @@ from nmoe.train.gradients import Gradients
 from nmoe.train.metrics import MetricsWriter, NoMetrics, read_metrics
 from nmoe.train.optim import Optimizer, flatten
 from nmoe.train.profile import StepProfiler
-from nmoe.train.protocols import BatchSource, Evaluate, Reporter, RunStart
+from nmoe.train.protocols import BatchSource, Documents, Evaluate, Reporter, RunStart
 from nmoe.train.recorder import Recorder
 from nmoe.train.run_folder import RunFolder
 from nmoe.train.schema import TrainConfig, TrainingConfig
@@ -75,6 +75,7 @@ def train(
     batches: BatchSource,
     identity: Mapping[str, Any],
     reporter: Reporter,
+    documents: Documents | None = None,
     evaluate: Evaluate | None = None,
     evaluate_every: int | None = None,
     resume: TensorFolder | None = None,
@@ -93,6 +94,7 @@ def train(
         batches: samples by global index.
         identity: saved with each checkpoint and compared at resume.
         reporter: shows progress to a person; on ranks other than 0, one that says nothing.
+        documents: hides parts of samples from attention and the loss; None: nothing is hidden.
         evaluate: measures the model; None for no evaluation. See `nmoe.train.protocols.Evaluate`. Several ranks call it
             all together, and it gives the same values on all; if it fails there, the run ends.
         evaluate_every: steps between evaluations; None for one after the last step.
@@ -152,7 +154,9 @@ def train(
         profile if world.rank == 0 else None, run.path / "profile", device, first_step=state.step + 1
     )
     train_step = TrainStep(model, gradients, optimizer, config, transport, graph=runtime.uses_cuda_graph)
-    recorder = Recorder(config, train_step, transport, Clock(config, device, state.step), metrics, reporter)
+    ahead = Batches(batches, settings, world, documents)
+    clock = Clock(config, device, state.step, transport.shared_bytes)
+    recorder = Recorder(config, train_step, transport, clock, metrics, reporter)
     evaluation: Mapping[str, float] = {}
     saved_at = state.step if resume is not None else None
 
@@ -169,7 +173,8 @@ def train(
         return stop.received if world.size == 1 else recorder.signal
 
     with (
-        _finishing(checkpointer), closing(transport), closing(reporter), closing(metrics), StopSignal() as stop
+        _finishing(checkpointer), closing(transport), closing(reporter), closing(metrics), closing(ahead),
+        StopSignal() as stop,
     ):  # fmt: skip
         description = _describe(config, device)
         reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
@@ -182,8 +187,8 @@ def train(
                 # ---- one step, and the record of the one before ------------------------------------------------------
                 step = state.step + 1
                 with profiler.range("batch"):
-                    sample_NS1 = _samples(batches, state.cursor, settings, world)
-                launched = train_step.launch(step, state.cursor, sample_NS1, profiler.range, signal=stop.received)
+                    batch = ahead.take(state.cursor)
+                launched = train_step.launch(step, state.cursor, batch, profiler.range, signal=stop.received)
                 recorder.add(launched)
                 state.step, state.cursor = step, state.cursor + settings.batch_size
                 profiler.step(step)
@@ -256,14 +261,6 @@ def _was_evaluated(run: RunFolder, state: TrainState, world: World) -> bool:
         rows = read_metrics(run.metrics, tags=["val/loss"])
         found = b"yes" if state.step in rows.column("step").to_pylist() else b"no"
     return world.share("was evaluated", found)[0] == b"yes"
-
-
-def _samples(batches: BatchSource, cursor: int, settings: TrainConfig, world: World) -> torch.Tensor:
-    """This rank's samples of the global batch that begins at `cursor`. Micro-batches go to the ranks in turn, so that
-    their order does not depend on how many ranks there are."""
-    size = settings.micro_batch_size
-    firsts = range(world.rank * size, settings.batch_size, world.size * size)
-    return torch.from_numpy(np.concatenate([batches.batch(cursor + first, size) for first in firsts]))
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -24,6 +24,18 @@ class BatchSource(Protocol):
         ...
 
 
+class Documents(Protocol):
+    """What of samples is hidden from attention and from the loss, as their documents have it. Pure functions."""
+
+    def starts(self, sample_NS1: "np.ndarray") -> "np.ndarray | None":
+        """For each input position the first position of its document, int32 (N, S); None, always: nothing is hidden."""
+        ...
+
+    def targets(self, sample_NS1: "np.ndarray") -> "np.ndarray | None":
+        """int64 (N, S) with -100 for what is not to be predicted; None, always: every token is."""
+        ...
+
+
 @dataclass(frozen=True)
 class RunStart:
     """What is known before the first step."""

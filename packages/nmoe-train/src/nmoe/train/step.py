@@ -2,13 +2,13 @@
 
 On a GPU the step is captured in CUDA graphs, three of them: the first micro-batch, whose gradients overwrite the last
 step's; a later one, whose gradients are added, replayed for each; and the update. All that changes from step to step
-lies in device memory before they run: tokens, learning rates, and `ok`.
+lies in device memory before they run: tokens, documents, learning rates, and `ok`.
 
 `ok` is an int32 word, the same on all ranks, 1 until a loss or the gradient's norm is not finite or something goes
 wrong between ranks, and 0 ever after. The update asks it on the device and then changes nothing; the host, which learns
 of it later, finds the state as the last good step left it.
 
-Shapes: B micro-batch, S sequence, N this rank's sequences of a step.
+Shapes: those of `nmoe.train.batches`.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import Transport
+from nmoe.train.batches import StepBatch
 from nmoe.train.clock import Moment
 from nmoe.train.figures import FigureBoard, StepFigures
 from nmoe.train.gradients import Gradients, clip_factor
@@ -34,8 +35,8 @@ Range = Callable[[str], AbstractContextManager[Any]]
 class LaunchedStep:
     """A step that the device has been told to make."""
 
-    def __init__(self, step: int, cursor: int, sample_NS1: torch.Tensor, lr_factor: float, board: FigureBoard) -> None:
-        self.step, self.cursor, self.sample_NS1, self.lr_factor = step, cursor, sample_NS1, lr_factor
+    def __init__(self, step: int, cursor: int, batch: StepBatch, lr_factor: float, board: FigureBoard) -> None:
+        self.step, self.cursor, self.batch, self.lr_factor = step, cursor, batch, lr_factor
         self._board = board
         self._figures = torch.empty(board.told.shape, dtype=board.told.dtype, pin_memory=board.told.is_cuda)
         self._figures.copy_(board.told, non_blocking=True)
@@ -64,7 +65,8 @@ class TrainStep:
         self.model, self.gradients, self.optimizer, self.config = model, gradients, optimizer, config
         self._world = transport.world
         device, train = model.head.weight.device, config.train
-        self._token_BS1 = torch.zeros(train.micro_batch_size, train.seq_len + 1, dtype=torch.int64, device=device)
+        self._micro_batch: StepBatch | None = None
+        self._n_targets = torch.zeros((), dtype=torch.int64, device=device)
         self._loss_2 = torch.zeros(2, device=device)
         n_micro = train.batch_size // (train.micro_batch_size * self._world.size)
         self._board = FigureBoard(model, n_micro, self._world, transport.faults.healthy)
@@ -72,35 +74,33 @@ class TrainStep:
         self._graphs = StepGraphs() if graph else None
 
     def launch(
-        self, step: int, cursor: int, sample_NS1: torch.Tensor, within: Range, *, signal: int | None = None
+        self, step: int, cursor: int, batch: StepBatch, within: Range, *, signal: int | None = None
     ) -> LaunchedStep:
         """Tells the device to make a step.
 
         Args:
             step: its number, from 1.
             cursor: global index of the global batch's first sample.
-            sample_NS1: this rank's samples of S + 1 tokens, in host memory: its micro-batches one after the other.
+            batch: this rank's samples: its micro-batches one after the other. Every step's has the same tensors.
             within: names a part of the step in a trace; within a captured piece, only while it is captured.
             signal: the number of a signal that this rank has got, for all ranks to learn.
         """
-        if self._token_BS1.is_cuda:
-            sample_NS1 = sample_NS1.pin_memory()
         factor = lr_factor(self.config.schedule, step, self.config.tokens_per_step)
         self.optimizer.set_step(step=step, lr_factor=factor)
         self._board.begin(signal)
-        self._accumulate(sample_NS1, within)
+        self._accumulate(batch, within)
         with within("update"):
             self._run("update", self._update)
         if self._graphs is not None:
             self._graphs.warm()
             self.gradients.replayed()
-        return LaunchedStep(step, cursor, sample_NS1, factor, self._board)
+        return LaunchedStep(step, cursor, batch, factor, self._board)
 
     def not_finite(self, launched: LaunchedStep) -> list[str]:
         """Names of the parameters whose gradients a refused step made NaN or infinite: they are computed again, from
         the weights that it left untouched. All ranks compute and tell them together."""
         self.release()
-        self._accumulate(launched.sample_NS1, nullcontext)
+        self._accumulate(launched.batch, nullcontext)
         names = json.dumps(self.gradients.not_finite()).encode()
         told = self._world.share(f"not finite in step {launched.step}", names)
         return list(dict.fromkeys(name for of_rank in told for name in json.loads(of_rank)))
@@ -116,23 +116,34 @@ class TrainStep:
         if self._graphs is not None:
             self._graphs.release()
 
-    def _accumulate(self, sample_NS1: torch.Tensor, within: Range) -> None:
+    def _accumulate(self, batch: StepBatch, within: Range) -> None:
         self.gradients.zero()
-        for i, micro_batch in enumerate(sample_NS1.split(self.config.train.micro_batch_size)):
-            self._token_BS1.copy_(micro_batch, non_blocking=True)
-            first = i == 0
+        size = self.config.train.micro_batch_size
+        if self._micro_batch is None:
+            self._micro_batch = batch.buffers(size, self._n_targets.device)
+        if batch.n_targets is not None:
+            self._n_targets.fill_(batch.n_targets)
+            self._world.sum_(self._n_targets)
+            self._n_targets.clamp_(min=1)
+        for i, micro_batch in enumerate(batch.micro_batches(size)):
+            self._micro_batch.copy_(micro_batch)
+            first, differentiate = i == 0, partial(self._differentiate, self._micro_batch, within, first=i == 0)
             with within("gradients"):
-                self._run("first" if first else "later", partial(self._differentiate, within, first=first))
+                self._run("first" if first else "later", differentiate)
             self._board.put_losses(i, self._loss_2)
 
-    def _differentiate(self, within: Range, *, first: bool) -> None:
+    def _differentiate(self, micro_batch: StepBatch, within: Range, *, first: bool) -> None:
         with within("forward"):
             loss = self.model.training_loss(
-                self._token_BS1, self.config.tokens_per_step, recompute=self.config.recomputed_layers
+                micro_batch.sample_NS1,
+                self.config.tokens_per_step,
+                document_start_BS=micro_batch.document_start_NS,
+                target_BS=micro_batch.target_NS,
+                n_targets=None if micro_batch.n_targets is None else self._n_targets,
+                recompute=self.config.recomputed_layers,
             )
-        with within("backward"):
+        with within("backward"), self.gradients.micro_batch(first=first):
             loss.total.backward()
-        self.gradients.reduce(first=first)
         self._loss_2.copy_(torch.stack((loss.next_token, loss.total.detach())))
 
     def _update(self) -> None:
