@@ -66,7 +66,8 @@ def line_of(path: Path, text: str) -> int:
         (
             ('tokenizer = "byte"', 'tokenizer = "byte"\nqwertz = 1'),
             "qwertz",
-            "data.qwertz: unknown key: the keys of [data] are tokenizer, path, val_path and corpus",
+            "data.qwertz: unknown key: the keys of [data] are tokenizer, path, mixture, flow, flow_profiles, stage, "
+            "document_masking, loss_mask_eos, val_path and corpus",
         ),
         (("steps = 10\n", ""), "[train]", "train.steps: this key is missing; it takes an integer greater than 0"),
     ],

@@ -281,10 +281,10 @@ def test_a_large_set_is_opened_by_sizes_and_that_is_said_with_the_command_that_c
     monkeypatch.setattr(run_data, "CHECKSUM_LIMIT", 100)
     outcome = train()
     assert outcome.code == 0, outcome.err
-    command = re.search(rf"{re.escape(str(prepared / 'train'))} is large .*; n (data verify \S+) checks", outcome.out)[
-        1
-    ]
-    outcome = n(*command.split())
+    told = re.search(
+        rf"{re.escape(str(prepared / 'train'))} is large .*; n (data verify --\S+ \S+) checks", outcome.out
+    )
+    outcome = n(*told[1].split())
     assert outcome.code == 3
     assert flipped.name in outcome.err
 

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import pytest
 from nmoe.cli.config import load_config
+from nmoe.data.mixture import read_budgets, read_mixture
+from nmoe.data.plan import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-ALL = sorted(CONFIGS.rglob("*.toml"))
+MIXTURES = sorted((CONFIGS / "mixtures").glob("*.toml"))
+FLOWS = CONFIGS / "flow_profiles.toml"
+ALL = sorted(set(CONFIGS.rglob("*.toml")) - {*MIXTURES, FLOWS})
 
 
 def load(name):
@@ -27,6 +31,17 @@ def test_it_loads_says_its_command_and_schedules_its_own_length(path):
     schedule = config.schedule
     planned = schedule.warmup_steps * config.tokens_per_step + schedule.hold_tokens + schedule.decay_tokens
     assert planned == config.train.steps * config.tokens_per_step
+
+
+@pytest.mark.parametrize("profile", ["dev", "ablation", "proxy", "production"])
+@pytest.mark.parametrize("path", MIXTURES, ids=lambda path: path.stem)
+def test_a_mixture_has_a_plan_in_every_flow(path, profile):
+    mixture = read_mixture(path)
+    plan = make_plan(mixture, dict.fromkeys(mixture.names), 1, budgets=read_budgets(FLOWS, profile, mixture))
+    assert plan.n_samples == sum(stage.n_samples for stage in plan.stages)
+    assert {total.source for total in plan.totals} == set(mixture.names)
+    assert path.read_text().startswith(f"# {path.stem}: ")
+    assert f"n data prep-mixture --mixture configs/mixtures/{path.name}" in path.read_text()
 
 
 def test_nano_uses_every_part_of_the_model_on_a_cpu():

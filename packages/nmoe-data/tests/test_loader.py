@@ -1,26 +1,20 @@
+import itertools
 import time
 
 import numpy as np
 import pytest
 from nmoe.data.errors import ArgumentError, TokenRangeError, TooFewTokensError
-from nmoe.data.loader import IGNORE_INDEX, Loader, permute, rank_slice, validation_batches
-from nmoe.data.manifest import Manifest
-from nmoe.data.shards import ShardSet
+from nmoe.data.loader import IGNORE_INDEX, Loader, rank_slice, validation_batches
+from nmoe.data.permutation import permute
 
 
-@pytest.fixture(scope="module")
-def numbered(tmp_path_factory):
-    """A set whose token i is i: what a batch holds tells where it came from. Shards of uneven length."""
+@pytest.fixture
+def numbered(token_set):
+    """Makes a set whose token i is i: what a batch holds tells where it came from. Shards of uneven length."""
+    made = itertools.count()
 
     def make(n_tokens, borders=()):
-        stream = np.arange(n_tokens, dtype=np.uint32)
-        manifest = Manifest.model_construct(
-            n_tokens=n_tokens,
-            n_documents=1,
-            tokenizer=type("Record", (), {"n_vocab": n_tokens, "eos_id": n_tokens - 1}),
-        )
-        parts = np.split(stream, borders)
-        return ShardSet(tmp_path_factory.getbasetemp(), manifest, parts, [np.zeros(1, np.int64)])
+        return token_set(np.arange(n_tokens), borders, name=f"numbered{next(made)}")
 
     return make
 
@@ -147,11 +141,10 @@ def test_impossible_arguments_are_refused(numbered):
             rank_slice(0, batch, rank, world)
 
 
-def test_foreign_token_ids_are_refused(numbered):
-    shards = numbered(20)
-    shards.manifest.tokenizer.n_vocab = 19
-    loader = Loader(shards, 19, 0)
-    with pytest.raises(TokenRangeError, match="19"):
+def test_foreign_token_ids_are_refused_by_file(token_set):
+    shards = token_set(np.arange(40), borders=(10,), n_vocab=39)
+    loader = Loader(shards, 39, 0)
+    with pytest.raises(TokenRangeError, match=r"shard_00001\.npy: expected token ids under 39, found 39"):
         loader.batch(0, 1)
 
 

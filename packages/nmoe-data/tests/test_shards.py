@@ -1,5 +1,6 @@
 import json
 import os
+import time
 
 import numpy as np
 import pytest
@@ -204,11 +205,11 @@ def test_a_manifest_cannot_lead_out_of_its_folder(byte_set):
 
 
 def test_fingerprint_follows_the_tokens_alone(byte_set, tmp_path):
-    from nmoe.data.prep import prepare
+    from nmoe.data.prep import prepare_documents
 
     first = byte_set(TEXTS, name="first")
-    second = prepare(
-        TEXTS, ByteTokenizer(), tmp_path / "second", val_fraction=0, source={"kind": "other"}, shard_tokens=50
+    second = prepare_documents(
+        {"train": TEXTS}, ByteTokenizer(), tmp_path / "second", source={"kind": "other"}, shard_tokens=50
     ).train
     assert first.fingerprint == second.fingerprint
     others = [TEXTS[::-1], TEXTS[:-1], [*TEXTS[:-1], "y" * 48 + "z"], [*TEXTS, ""]]
@@ -217,6 +218,45 @@ def test_fingerprint_follows_the_tokens_alone(byte_set, tmp_path):
 
     same_ids = ByteTokenizer()
     object.__setattr__(same_ids.vocabulary, "pattern", "another tokenizer")
-    third = prepare(TEXTS, same_ids, tmp_path / "third", val_fraction=0, source={}, shard_tokens=50).train
+    third = prepare_documents({"train": TEXTS}, same_ids, tmp_path / "third", source={}, shard_tokens=50).train
     assert np.array_equal(third.tokens(0, third.n_tokens), first.tokens(0, first.n_tokens))
     assert third.fingerprint != first.fingerprint
+
+
+def test_mappings_hold_no_file_descriptors(token_set):
+    """A large set has more shards than a process may have open files."""
+    n_shards = 300
+    shards = token_set(np.arange(10 * n_shards), borders=range(10, 10 * n_shards, 10))
+    before = len(os.listdir("/dev/fd"))
+    assert [int(shards.tokens(10 * number, 1)[0]) for number in range(n_shards)] == [*range(0, 10 * n_shards, 10)]
+    assert all(shards.document(number).size == 10 for number in range(n_shards))
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_shard_that_goes_after_opening_is_named(token_set):
+    shards = token_set(np.arange(40), borders=(10, 20))
+    (shards.path / "shard_00001.npy").unlink()
+    assert shards.tokens(0, 10).size == 10
+    with pytest.raises(CorruptShardError, match=r"shard_00001\.npy"):
+        shards.tokens(8, 10)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_by_name(token_set):
+    path = token_set([1, 2, 9, 3, 4, 9], borders=(3,), n_vocab=10, eos_id=9).path
+    ShardSet.open(path, verify="checksums")
+    other = token_set([1, 2, 9, 3, 40, 9], borders=(3,), n_vocab=10, eos_id=9, name="other").path
+    with pytest.raises(CorruptShardError, match=r"shard_00001\.npy: expected ids under 10, found 40"):
+        ShardSet.open(other, verify="checksums")
+
+
+def test_ten_thousand_shards_open_within_a_second(tmp_path):
+    from nmoe.data.bench.loader import write_set
+
+    write_set(tmp_path / "many", n_shards=10_000, shard_tokens=64)
+    took = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        shards = ShardSet.open(tmp_path / "many")
+        assert shards.tokens(shards.n_tokens - 8, 8).size == 8
+        took.append(time.perf_counter() - begun)
+    assert min(took) < 1

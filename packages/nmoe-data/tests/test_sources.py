@@ -1,11 +1,15 @@
 import gzip
 import json
+import pickle
+import random
 
+import nmoe.data.readers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from nmoe.data.errors import SourceError
-from nmoe.data.sources import TEXT_CUT, TEXT_LIMIT, TextFiles
+from nmoe.data.errors import ArgumentError, SourceError
+from nmoe.data.readers import TEXT_CUT, TEXT_LIMIT
+from nmoe.data.sources import open_source
 
 TEXTS = ["first", "second\nwith two lines", "żółw 🐢", " ", "x" * 100_000]
 
@@ -22,14 +26,130 @@ def write_parquet(path, texts, kind=None, column="text"):
 def test_every_format_gives_the_same_documents(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS)))
+    (tmp_path / "members.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS[:2])) + gzip.compress(jsonl(TEXTS[2:])))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd(jsonl(TEXTS)))
     kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
     for number, kind in enumerate(kinds):
         write_parquet(tmp_path / f"c{number}.parquet", TEXTS, kind)
     for path in tmp_path.iterdir():
-        files = TextFiles([path])
+        files = open_source(None, [path])
         assert list(files) == TEXTS, path.name
         assert list(files) == TEXTS, "a second reading starts anew"
     assert pq.ParquetFile(tmp_path / "c0.parquet").num_row_groups == 3
+
+
+def zstd(data):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def test_packed_text_is_the_same_text(tmp_path):
+    text = "paragraph\n\n" * 20_000
+    for name, data in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(text.encode())), ("a.md.zst", None)):
+        (tmp_path / name).write_bytes(zstd(text.encode()) if data is None else data)
+    readings = [list(open_source(None, [path])) for path in tmp_path.iterdir()]
+    assert len(readings) == 3
+    assert "".join(readings[0]) == text
+    assert readings[0] == readings[1] == readings[2]
+
+
+@pytest.fixture
+def mixed_files(tmp_path):
+    """Each kind of file, several blocks long when a block has 3,000 bytes; a document that is longer; blank lines."""
+    draw = random.Random(0)
+    texts = ["żółw 🐢 and text " * draw.randrange(1, 60) for _ in range(300)]
+    texts[7] = "long " * 4000
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:150]) + b"\n\r\n" + jsonl(texts[150:]).rstrip())
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(texts)))
+    pq.write_table(pa.table({"text": texts[:90]}), tmp_path / "c.parquet", row_group_size=40)
+    pq.write_table(pa.table({"text": texts[90:]}), tmp_path / "d.parquet")
+    (tmp_path / "e.txt").write_bytes(b"\xef\xbb\xbf" + "\n\n".join(texts * 3).encode())
+    (tmp_path / "f.txt.zst").write_bytes(zstd("\r\n \r\n".join(texts * 3).encode()))
+    return tmp_path
+
+
+def test_reading_goes_on_from_every_cut(mixed_files, monkeypatch):
+    monkeypatch.setattr(nmoe.data.readers, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(nmoe.data.readers, "_CHUNK", 700)
+    source = open_source(None, [mixed_files])
+    cuts = list(source.blocks())
+    parts = [list(cut.block.documents()) for cut in cuts]
+    whole = [text for part in parts for text in part]
+    assert len(cuts) > 100
+    assert whole == list(source)
+    assert [cut.read for cut in cuts] == sorted(cut.read for cut in cuts)
+    assert cuts[-1].read == pytest.approx(source.total, rel=0.1)
+    for number, cut in enumerate(cuts):
+        position = json.loads(json.dumps(cut.after))
+        rest = [text for later in source.blocks(position) for text in later.block.documents()]
+        assert rest == [text for part in parts[number + 1 :] for text in part]
+
+
+@pytest.mark.parametrize(("block", "chunk"), [(1, 1000), (4096, 4096), (1 << 20, 1 << 18)])
+def test_documents_do_not_depend_on_blocks(mixed_files, monkeypatch, block, chunk):
+    expected = list(open_source(None, [mixed_files]))
+    monkeypatch.setattr(nmoe.data.readers, "BLOCK_BYTES", block)
+    monkeypatch.setattr(nmoe.data.readers, "_CHUNK", chunk)
+    source = open_source(None, [mixed_files])
+    assert list(source) == expected
+    for cut in source.blocks():
+        assert list(pickle.loads(pickle.dumps(cut.block)).documents()) == list(cut.block.documents())
+
+
+def test_blank_lines_of_any_length_across_chunks(tmp_path, monkeypatch):
+    """Where a piece ends depends on the text, not on how it is read."""
+    draw = random.Random(1)
+    pieces = []
+    for _ in range(60):
+        pieces.append("x" * draw.randrange(1, 40_000))
+        pieces.append("".join(draw.choice("\n\n \t\r") for _ in range(draw.randrange(2, 3000))))
+    (tmp_path / "a.txt").write_bytes("".join(pieces).encode())
+    readings = set()
+    for chunk in (997, 4096, 1 << 16, 1 << 22):
+        monkeypatch.setattr(nmoe.data.readers, "_CHUNK", chunk)
+        readings.add(tuple(open_source(None, [tmp_path / "a.txt"])))
+    assert len(readings) == 1
+
+
+def test_globs_and_named_kinds(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.json", ".d.jsonl"):
+        (tmp_path / name).write_bytes(jsonl([name]))
+    assert list(open_source(None, [tmp_path / "*.jsonl"])) == ["a.jsonl", "b.jsonl"]
+    assert list(open_source("jsonl", [tmp_path / "*.js*"])) == ["a.jsonl", "b.jsonl", "c.json"]
+    assert list(open_source("jsonl", [tmp_path / "c.json"])) == ["c.json"]
+    assert list(open_source("text", [tmp_path / "c.json"])) == [jsonl(["c.json"]).decode()]
+    assert list(open_source("jsonl", [tmp_path])) == ["a.jsonl", "b.jsonl"]
+    for kind, path in ((None, "*.json"), (None, "c.json"), ("parquet", ""), (None, "*.parquet")):
+        with pytest.raises(SourceError, match="expected"):
+            open_source(kind, [tmp_path / path])
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "options", "what"),
+    [
+        (None, [], {}, "input"),
+        ("csv", ["a.csv"], {}, "source"),
+        ("hf", ["a", "b"], {}, "input"),
+        ("jsonl", ["a"], {"split": "test"}, "split"),
+        (None, ["a"], {"revision": "main"}, "revision"),
+        ("text", ["a"], {"config": "en"}, "config"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(kind, inputs, options, what):
+    with pytest.raises(ArgumentError) as caught:
+        open_source(kind, inputs, **options)
+    assert caught.value.what == what
+
+
+def test_identity_follows_the_files(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+    first = open_source(None, [tmp_path / "a.jsonl"]).identity()
+    assert open_source(None, [tmp_path / "a.jsonl"]).identity() == first
+    assert open_source(None, [tmp_path / "a.jsonl"], text_key="body").identity() != first
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["b"]))
+    assert open_source(None, [tmp_path / "a.jsonl"]).identity() != first
 
 
 def test_string_views_are_read_too(tmp_path):
@@ -37,20 +157,20 @@ def test_string_views_are_read_too(tmp_path):
         write_parquet(tmp_path / "view.parquet", TEXTS, pa.string_view())
     except pa.ArrowNotImplementedError:
         pytest.skip("this pyarrow cannot write string views")
-    assert list(TextFiles([tmp_path / "view.parquet"])) == TEXTS
+    assert list(open_source(None, [tmp_path / "view.parquet"])) == TEXTS
 
 
 def test_another_key(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(TEXTS, key="content"))
     write_parquet(tmp_path / "a.parquet", TEXTS, column="content")
     for path in tmp_path.iterdir():
-        assert list(TextFiles([path], text_key="content")) == TEXTS
+        assert list(open_source(None, [path], text_key="content")) == TEXTS
 
 
 def test_blank_lines_and_empty_documents_are_skipped(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + jsonl(["a", ""]) + b"\n  \r\n" + jsonl(["b"]).rstrip())
-    assert list(TextFiles([path])) == ["a", "b"]
+    assert list(open_source(None, [path])) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +190,7 @@ def test_a_bad_line_is_named(tmp_path, name, bad, found):
     path = tmp_path / name
     content = jsonl(["one", "two"]) + bad + b"\n" + jsonl(["four"])
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    documents = iter(TextFiles([path]))
+    documents = iter(open_source(None, [path]))
     assert [next(documents), next(documents)] == ["one", "two"]
     with pytest.raises(SourceError) as caught:
         next(documents)
@@ -84,22 +204,22 @@ def test_a_damaged_gzip_is_named(tmp_path, spoil):
     path = tmp_path / "cut.jsonl.gz"
     path.write_bytes(spoil(gzip.compress(jsonl([str(i) * 50 for i in range(1000)]))))
     with pytest.raises(SourceError, match=r"cut\.jsonl\.gz:\d+"):
-        list(TextFiles([path]))
+        list(open_source(None, [path]))
 
 
 def test_parquet_faults_are_named(tmp_path):
     write_parquet(tmp_path / "null.parquet", ["a", "b", None])
     with pytest.raises(SourceError, match=r"null\.parquet, row 2"):
-        list(TextFiles([tmp_path / "null.parquet"]))
+        list(open_source(None, [tmp_path / "null.parquet"]))
     write_parquet(tmp_path / "column.parquet", ["a"], column="body")
     with pytest.raises(SourceError, match=r"column\.parquet.*'id', 'body'"):
-        list(TextFiles([tmp_path / "column.parquet"]))
+        list(open_source(None, [tmp_path / "column.parquet"]))
     with pytest.raises(SourceError, match=r"'id' of type int64"):
-        list(TextFiles([tmp_path / "column.parquet"], text_key="id"))
+        list(open_source(None, [tmp_path / "column.parquet"], text_key="id"))
     whole = (tmp_path / "null.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SourceError, match=r"cut\.parquet"):
-        list(TextFiles([tmp_path / "cut.parquet"]))
+        list(open_source(None, [tmp_path / "cut.parquet"]))
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -108,7 +228,7 @@ def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, newline
     text = "".join(paragraphs)
     path = tmp_path / "book.txt"
     path.write_bytes(text.encode())
-    pieces = list(TextFiles([path]))
+    pieces = list(open_source(None, [path]))
     assert "".join(pieces) == text
     assert len(pieces) > 3
     assert all(TEXT_CUT <= len(piece) < TEXT_CUT + 1000 for piece in pieces[:-1])
@@ -118,20 +238,20 @@ def test_a_long_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path, newline
 def test_blank_lines_at_a_border_of_reading_stay_together(tmp_path):
     pieces = ["x" * (2 * TEXT_CUT - 2) + "\n\n\n\n", "y\n\n"]
     (tmp_path / "book.txt").write_text("".join(pieces))
-    assert list(TextFiles([tmp_path / "book.txt"])) == pieces
+    assert list(open_source(None, [tmp_path / "book.txt"])) == pieces
 
 
 def test_a_short_text_is_one_document(tmp_path):
     (tmp_path / "note.md").write_bytes(b"\xef\xbb\xbf# Title\r\n\r\nBody\n")
-    assert list(TextFiles([tmp_path / "note.md"])) == ["# Title\r\n\r\nBody\n"]
+    assert list(open_source(None, [tmp_path / "note.md"])) == ["# Title\r\n\r\nBody\n"]
     (tmp_path / "empty.txt").write_bytes(b"")
-    assert list(TextFiles([tmp_path / "empty.txt"])) == []
+    assert list(open_source(None, [tmp_path / "empty.txt"])) == []
 
 
 def test_a_text_without_blank_lines_is_cut_all_the_same(tmp_path):
     text = "word " * 600_000
     (tmp_path / "wall.txt").write_text(text)
-    pieces = list(TextFiles([tmp_path / "wall.txt"]))
+    pieces = list(open_source(None, [tmp_path / "wall.txt"]))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) == TEXT_LIMIT
 
@@ -143,7 +263,7 @@ def test_text_that_is_not_utf8_is_named_with_its_position(tmp_path, position):
     data[position] = 0xFF
     (tmp_path / "latin.txt").write_bytes(data)
     with pytest.raises(SourceError, match=r"latin\.txt") as caught:
-        list(TextFiles([tmp_path / "latin.txt"]))
+        list(open_source(None, [tmp_path / "latin.txt"]))
     # The bad byte itself, or the letter that it broke.
     assert int(caught.value.found.rsplit(" ", 1)[1]) in (position, position - 1)
 
@@ -152,9 +272,9 @@ def test_a_folder_stands_for_its_files_in_order(tmp_path):
     for name in ("b/2.txt", "b/10.txt", "a.jsonl", ".hidden/x.txt", "b/.y.txt", "b/image.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(jsonl([name]) if name.endswith("jsonl") else name.encode())
-    assert list(TextFiles([tmp_path])) == ["a.jsonl", "b/10.txt", "b/2.txt"]
-    assert list(TextFiles([tmp_path / "b" / "2.txt", tmp_path / "a.jsonl"])) == ["b/2.txt", "a.jsonl"]
-    assert TextFiles([tmp_path]).describe()["first"] == ["a.jsonl", "10.txt", "2.txt"]
+    assert list(open_source(None, [tmp_path])) == ["a.jsonl", "b/10.txt", "b/2.txt"]
+    assert list(open_source(None, [tmp_path / "b" / "2.txt", tmp_path / "a.jsonl"])) == ["b/2.txt", "a.jsonl"]
+    assert open_source(None, [tmp_path]).describe()["first"] == ["a.jsonl", "10.txt", "2.txt"]
 
 
 def test_paths_are_checked_before_anything_is_read(tmp_path):
@@ -162,18 +282,18 @@ def test_paths_are_checked_before_anything_is_read(tmp_path):
     (tmp_path / "folder").mkdir()
     for name in ("missing.txt", "picture.png", "folder"):
         with pytest.raises(SourceError, match=name):
-            TextFiles([tmp_path / name])
+            open_source(None, [tmp_path / name])
 
 
 def test_a_file_that_vanishes_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    files = TextFiles([tmp_path / "a.txt"])
+    files = open_source(None, [tmp_path / "a.txt"])
     (tmp_path / "a.txt").unlink()
     with pytest.raises(SourceError, match=r"a\.txt"):
         list(files)
 
 
 def test_real_text(shared_text):
-    files = TextFiles([shared_text / "peps.jsonl.gz"])
+    files = open_source(None, [shared_text / "peps.jsonl.gz"])
     assert sum(1 for _ in files) == 630
     assert sum(len(text) for text in files) == pytest.approx(11.4e6, rel=0.01)

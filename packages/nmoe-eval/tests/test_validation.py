@@ -1,5 +1,6 @@
 """Loss and bits per byte against a plain count, on a small model and made-up tokens."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -133,6 +134,26 @@ def test_ranks_score_every_token_once_in_as_many_calls_and_agree(model, monkeypa
     assert all(result == found[0] for result in found)
     assert found[0].loss == pytest.approx(alone.loss, rel=1e-12)
     assert found[0].bpb == pytest.approx(alone.bpb, rel=1e-12)
+
+
+def test_documents_are_those_that_the_set_tells(model, monkeypatch):
+    """Each batch is scored within the documents of its own inputs."""
+    seen, score = [], type(model).score
+
+    def noted(self, inputs, targets, *, document_start_BS=None):
+        seen.append((inputs, document_start_BS))
+        return score(self, inputs, targets, document_start_BS=document_start_BS)
+
+    monkeypatch.setattr(type(model), "score", noted)
+
+    def starts(inputs):
+        return np.tile(np.arange(inputs.shape[1], dtype=np.int32), (len(inputs), 1))  # every token its own document
+
+    whole = in_batches(2)
+    alone = validate(model, dataclasses.replace(whole, document_starts=starts))
+    assert all(torch.equal(torch.from_numpy(starts(inputs.numpy())), found) for inputs, found in seen)
+    assert alone.n_tokens == validate(model, whole).n_tokens
+    assert alone.loss != validate(model, whole).loss
 
 
 def test_nothing_to_score_is_an_error(model):

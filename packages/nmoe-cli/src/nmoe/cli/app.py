@@ -12,7 +12,10 @@ from typing import NoReturn
 
 from cyclopts import App, CycloptsError
 from nmoe.cli.commands.data_info import info
+from nmoe.cli.commands.data_plan import plan
 from nmoe.cli.commands.data_prep import prep
+from nmoe.cli.commands.data_prep_mixture import prep_mixture
+from nmoe.cli.commands.data_show import show
 from nmoe.cli.commands.data_verify import verify
 from nmoe.cli.commands.doctor import doctor
 from nmoe.cli.commands.evaluate import evaluate
@@ -53,10 +56,13 @@ def build_app(context: Context) -> App:
         console=context.console,
         error_console=context.error_console,
     )
-    data = App(name="data", help="Prepare, verify and describe training data.")
+    data = App(name="data", help="Prepare, verify, describe and read training data.")
     data.command(prep)
     data.command(verify)
     data.command(info)
+    data.command(show)
+    data.command(plan)
+    data.command(prep_mixture)
     app.command(data)
     app.command(runs)
     app.command(train)

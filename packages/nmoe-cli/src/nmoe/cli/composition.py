@@ -6,7 +6,7 @@ from nmoe.cli.console import is_live, print_line, print_summary
 from nmoe.cli.context import Context
 from nmoe.cli.fingerprint import fingerprint
 from nmoe.cli.loss_curve import loss_curve
-from nmoe.cli.run_data import validation_set
+from nmoe.cli.run_data import documents_of, validation_set
 from nmoe.cli.run_inputs import Inputs, Request
 from nmoe.cli.tokenizer_name import tokenizer_document
 from nmoe.eval.validation import validate
@@ -47,6 +47,7 @@ class Composition:
             world=self.world,
             run=self.run,
             batches=loader,
+            documents=documents_of(self.config.data, self.data.tokenizer),
             identity=self.inputs.identity(self.config),
             labels=labels,
             reporter=self.reporter,
@@ -60,7 +61,12 @@ class Composition:
 
     def _evaluate(self, model: Transformer) -> dict[str, float]:
         assert self.data.val is not None, "there is no evaluation without a validation set"
-        batches = validation_set(self.data.val, self.config.train.seq_len, self.config.train.micro_batch_size)
+        batches = validation_set(
+            self.data.val,
+            self.config.train.seq_len,
+            self.config.train.micro_batch_size,
+            document_masking=self.config.data.document_masking,
+        )
         return validate(model, batches, self.config.eval.max_sequences, self.world).tags()
 
     def _draw_sample(self, model: Transformer) -> None:
@@ -99,7 +105,7 @@ class Composition:
         for tag, unit in (("val/loss", "nats a token"), ("val/bpb", f"bits a byte, {scored}")):
             if tag in outcome.evaluation:
                 rows.append((tag, f"{outcome.evaluation[tag]:.4f} {unit}"))
-        gzip = self.data.val.manifest.gzip_bits_per_byte if self.data.val else None
+        gzip = self.data.val.gzip_bits_per_byte if self.data.val else None
         if gzip is not None:
             rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the whole validation text"))
         steps = self._next_steps(has_model=saved is not None)

@@ -103,12 +103,14 @@ def open_loader(config: RunConfig, context: Context, *, verify: bool) -> tuple[R
 
     Raises:
         UsageError: the target is of something that nothing measures.
-        DataError: data are missing, damaged, or of another tokenizer.
+        DataError: data are missing, damaged, of another tokenizer, or fewer than the run's steps take.
     """
-    data = open_run_data(config.data, config.model.vocab_size, context.data_root, context.console, verify=verify)
+    data = open_run_data(config.data, config.model.vocab_size, config.train.seq_len, context, verify=verify)
     if config.train.target_loss is not None and (data.val is None or "validation" not in config.eval.tasks):
         raise UsageError("train.target_loss is of the validation loss, and nothing is validated: set data.val_path")
-    return data, Loader(data.train, config.train.seq_len, config.runtime.seed)
+    if data.plan is not None:
+        data.plan.check_length(config.train.steps * config.train.batch_size)
+    return data, data.loader(config.train.seq_len, config.runtime.seed)
 
 
 def open_parent(spec: str, config: RunConfig, data: RunData, context: Context, *, verify: bool) -> Parent:

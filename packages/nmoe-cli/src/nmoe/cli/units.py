@@ -1,4 +1,6 @@
-"""Numbers as a person reads them."""
+"""Numbers as a person reads and writes them."""
+
+from decimal import Decimal
 
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _DECIMAL = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -39,3 +41,13 @@ def format_duration(seconds: float) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def parse_count(text: str) -> int:
+    """A whole number as a person writes it: 5000, 5_000, 100k, 1.5M, 2B, 3T. Raises ValueError for anything else."""
+    letter = text[-1:].upper()
+    scale = next((bound for bound, name in _COUNTS if name.upper() == letter), None)
+    number = Decimal(text[:-1] if scale else text) * int(scale or 1)
+    if not number.is_finite() or number != int(number) or number < 0:
+        raise ValueError(text)
+    return int(number)

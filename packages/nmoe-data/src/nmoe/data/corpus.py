@@ -9,11 +9,10 @@ from typing import Literal
 
 from nmoe.data.errors import ArgumentError, CorpusUnavailableError, OutputExistsError
 from nmoe.data.guards import check_tokenizer
-from nmoe.data.prep import prepare
+from nmoe.data.prep import prepare_documents
 from nmoe.data.shards import ShardSet
 from nmoe.data.tokenizers import Tokenizer
 
-_VAL_FRACTION = 0.1
 _PARAGRAPH = re.compile(r"\n\s*\n")
 
 
@@ -72,10 +71,15 @@ def prepare_corpus(name: Literal["pydoc"], tokenizer: Tokenizer, root: Path) -> 
         source = {"kind": "corpus", "corpus": name, "python": platform.python_version()}
         # If another process is first, its tokens are checked like any others.
         with suppress(OutputExistsError):
-            prepare(pydoc_documents(), tokenizer, output, val_fraction=_VAL_FRACTION, source=source)
+            prepare_documents(_split(pydoc_documents()), tokenizer, output, source=source)
     for part in ("train", "val"):
         check_tokenizer(ShardSet.open(output / part), tokenizer)
     return output
+
+
+def _split(documents: list[str]) -> dict[Literal["train", "val"], list[str]]:
+    n_train = len(documents) - max(1, round(len(documents) / 10))
+    return {"train": documents[:n_train], "val": documents[n_train:]}
 
 
 def _check_name(name: str) -> None:

@@ -14,6 +14,14 @@ class DataError(Exception):
         self.found = found
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Pickling: a worker process hands its error on.
+        return _rebuild, (type(self), self.what, self.expected, self.found, self.remedy)
+
+
+def _rebuild(kind: type[DataError], what: str, expected: str, found: str, remedy: str) -> DataError:
+    return kind(what, expected=expected, found=found, remedy=remedy)
+
 
 class ArgumentError(DataError, ValueError):
     """An argument lies outside what the call takes."""
@@ -59,6 +67,22 @@ class CorpusUnavailableError(SourceError):
     """The text of a built-in corpus is not installed."""
 
 
+class NetworkError(SourceError):
+    """A server did not answer, or not with what it promised, however often it was asked."""
+
+
+class PrepStateError(DataError):
+    """What an interrupted prep left cannot be continued: begun with other settings, or damaged."""
+
+
+class PrepRunningError(DataError):
+    """Another process prepares the same output at this moment."""
+
+
+class WorkerDiedError(DataError):
+    """A worker process of prep ended without an answer: out of memory, or killed."""
+
+
 class OutputExistsError(DataError):
     """The output folder exists already; nothing is ever overwritten."""
 
@@ -89,3 +113,15 @@ class TokenPositionError(ShardSetError, IndexError):
 
 class TooFewTokensError(ShardSetError):
     """The shard set is too short for one sample."""
+
+
+class MixtureError(DataError):
+    """A mixture's or a flow's file makes no sense; the message names the file and each key at fault."""
+
+
+class PlanError(DataError):
+    """Mixture, flow and run do not go together; the message says where they part."""
+
+
+class OverlapError(DataError):
+    """Validation text is training text too."""

@@ -1,73 +1,158 @@
 """Shard sets to batches: a shuffled order for training that needs no memory, and plain order for validation."""
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-from nmoe.data.errors import ArgumentError, TokenRangeError, TooFewTokensError
+from nmoe.data.documents import IGNORE_INDEX
+from nmoe.data.errors import ArgumentError, PlanError, TokenRangeError, TooFewTokensError
+from nmoe.data.permutation import permute
+from nmoe.data.plan import Plan
+from nmoe.data.schedule import Schedule
 from nmoe.data.shards import ShardSet
 
-IGNORE_INDEX = -100
-"""The target of padding: adds nothing to a loss."""
+_BLOCK = 256
+"""Samples whose places are found at once: NumPy's calls cost as much for one."""
+
+
+class _Source(NamedTuple):
+    shards: ShardSet
+    name: str | None
+    """Draws the order, with seed and epoch; None for a set that is trained on alone."""
+    samples_per_epoch: int
 
 
 class Loader:
     """Training samples in one global order, addressed by a cursor.
 
-    Sample n covers the tokens [n·S, n·S + S + 1): S inputs and, one further on, S targets, so that neighbours share a
-    token and every token but the first is a target once an epoch (of what remains after the last whole sample, none).
-    Epoch e goes through all samples in its own order, drawn from (seed, e). What a batch holds depends on the tokens,
-    the seed, S and the cursor alone: not on what was asked before, nor on ranks or micro-batches.
+    Of one shard set, sample n covers the tokens [n·S, n·S + S + 1): S inputs and, one further on, S targets, so that
+    neighbours share a token and every token but the first is a target once an epoch (of what remains after the last
+    whole sample, none). Epoch e goes through all samples in its own order, drawn from (seed, e). Of a mixture, each
+    source has such an order, drawn from its name too, and the plan's schedule says whose turn it is.
+
+    What a batch holds depends on the tokens, the plan, the seed, S and the cursor alone: not on what was asked before,
+    nor on ranks or micro-batches.
     """
 
     def __init__(self, shards: ShardSet, seq_len: int, seed: int) -> None:
-        """Raises ArgumentError, and TooFewTokensError if there is not a single sample."""
+        """Of one shard set. Raises ArgumentError, and TooFewTokensError if there is not a single sample."""
+        self._prepare([(shards, None)], None, seq_len, seed)
+        self.fingerprint = shards.fingerprint
+        """Identifies the tokens and, of a mixture, their order up to the seed."""
+
+    @classmethod
+    def of_plan(cls, plan: Plan, sets: Mapping[str, ShardSet], seed: int) -> Self:
+        """Of a mixture. Raises ArgumentError if a source's shard set is missing, and as the constructor does."""
+        lacking = [name for name in plan.sources if name not in sets]
+        if lacking:
+            raise ArgumentError("sets", expected="each source's", found=f"none of {lacking}", remedy="Open them.")
+        self = cls.__new__(cls)
+        self._prepare([(sets[name], name) for name in plan.sources], plan.schedule(), plan.seq_len, seed)
+        self.fingerprint = mixture_fingerprint(plan, sets)
+        return self
+
+    def _prepare(
+        self, sets: Sequence[tuple[ShardSet, str | None]], schedule: Schedule | None, seq_len: int, seed: int
+    ) -> None:
         _check_positive("seq_len", seq_len)
-        self.samples_per_epoch = (shards.n_tokens - 1) // seq_len
-        """Samples before the order is drawn anew."""
-        if self.samples_per_epoch < 1:
-            raise TooFewTokensError(
-                str(shards.path),
-                expected=f"at least {seq_len + 1} tokens, one sample",
-                found=f"{shards.n_tokens}",
-                remedy="Lower train.seq_len, or prepare more text.",
-            )
-        self._shards = shards
-        self._seq_len = seq_len
-        self._seed = seed
+        self._sources = [_Source(shards, name, samples_of(shards, seq_len)) for shards, name in sets]
+        self._schedule, self._seq_len, self._seed = schedule, seq_len, seed
+        self._n_samples = None if schedule is None else schedule.n_samples
+        self._block: tuple[int, list[int], list[int]] | None = None
 
     @property
-    def fingerprint(self) -> str:
-        """Identifies the tokens: the shard set's fingerprint."""
-        return self._shards.fingerprint
+    def samples_per_epoch(self) -> int:
+        """Samples before the order is drawn anew, of all sources together."""
+        return sum(source.samples_per_epoch for source in self._sources)
+
+    @property
+    def n_samples(self) -> int | None:
+        """Samples that there are over all epochs; None: without end."""
+        return self._n_samples
 
     def batch(self, cursor: int, count: int) -> npt.NDArray[np.int64]:
         """Samples `cursor` to `cursor + count - 1` of the order, as int64 (count, S + 1).
 
-        The cursor counts on over the epochs. Raises ArgumentError, and TokenRangeError for an id that the set's
-        tokenizer does not have.
+        The cursor counts on over the epochs. Raises ArgumentError, PlanError beyond the plan's last sample, and
+        TokenRangeError for an id that the set's tokenizer does not have.
         """
         if cursor < 0 or count < 0:
             raise ArgumentError(
                 "batch", expected="a cursor and a count of 0 or more", found=f"{cursor}, {count}", remedy="Pass such."
             )
-        out = np.empty((count, self._seq_len + 1), np.int64)
-        row = 0
-        while row < count:
-            epoch, first = divmod(cursor + row, self.samples_per_epoch)
-            stop = min(self.samples_per_epoch, first + count - row)
-            for sample in permute(np.arange(first, stop), self.samples_per_epoch, self._seed, epoch).tolist():
-                out[row] = self._shards.tokens(sample * self._seq_len, self._seq_len + 1)
-                row += 1
-        if count and out.max() >= self._shards.n_vocab:
-            raise TokenRangeError(
-                str(self._shards.path),
-                expected=f"token ids under {self._shards.n_vocab}",
-                found=str(out.max()),
-                remedy="Verify the set (n data verify), or prepare it again.",
+        if self._n_samples is not None and cursor + count > self._n_samples:
+            raise PlanError(
+                "batch",
+                expected=f"samples under the plan's {self._n_samples:,}",
+                found=f"{cursor + count - 1:,}",
+                remedy="Lower train.steps, or raise the flow's tokens.",
             )
+        out = np.empty((count, self._seq_len + 1), np.int64)
+        for row in range(count):
+            shards, start = self._place(cursor + row)
+            shards.read_into(out[row], start)
+        if count and out.max() >= min(source.shards.n_vocab for source in self._sources):
+            self._refuse_foreign_ids(cursor, out)
         return out
+
+    def _place(self, sample: int) -> tuple[ShardSet, int]:
+        """The shard set of a global sample, and its first token there."""
+        number, place = divmod(sample, _BLOCK)
+        block = self._block
+        if block is None or block[0] != number:
+            first = number * _BLOCK
+            count = _BLOCK if self._n_samples is None else min(_BLOCK, self._n_samples - first)
+            block = self._block = (number, *self._find(first, count))
+        return self._sources[block[1][place]].shards, block[2][place]
+
+    def _find(self, first: int, count: int) -> tuple[list[int], list[int]]:
+        """Source and first token of the global samples from `first` on."""
+        if self._schedule is None:
+            source, index = np.zeros(count, np.int64), np.arange(first, first + count)
+        else:
+            source, index = self._schedule.locate(first, count)
+        starts = np.empty(count, np.int64)
+        for number, (_, name, size) in enumerate(self._sources):
+            mine = np.flatnonzero(source == number)
+            epoch, position = np.divmod(index[mine], size)
+            for each in np.unique(epoch).tolist():
+                of_epoch = epoch == each
+                starts[mine[of_epoch]] = permute(position[of_epoch], size, self._seed, each, name) * self._seq_len
+        return source.tolist(), starts.tolist()
+
+    def _refuse_foreign_ids(self, cursor: int, sample_BS1: npt.NDArray[np.int64]) -> None:
+        for row, sample_S1 in enumerate(sample_BS1):
+            shards, start = self._place(cursor + row)
+            foreign = np.flatnonzero(sample_S1 >= shards.n_vocab)
+            if foreign.size:
+                raise TokenRangeError(
+                    str(shards.file_of(start + int(foreign[0]))),
+                    expected=f"token ids under {shards.n_vocab}",
+                    found=str(sample_S1[foreign[0]]),
+                    remedy="Verify the set (n data verify --checksums), or prepare it again.",
+                )
+
+
+def samples_of(shards: ShardSet, seq_len: int) -> int:
+    """Samples of S + 1 tokens in a set. Raises TooFewTokensError if there is not one."""
+    samples = (shards.n_tokens - 1) // seq_len
+    if samples < 1:
+        raise TooFewTokensError(
+            str(shards.path),
+            expected=f"at least {seq_len + 1} tokens, one sample",
+            found=f"{shards.n_tokens}",
+            remedy="Lower train.seq_len, or prepare more text.",
+        )
+    return samples
+
+
+def mixture_fingerprint(plan: Plan, sets: Mapping[str, ShardSet]) -> str:
+    """SHA-256 of the tokens of every source, its name, and what of the plan decides the order."""
+    content = {"version": 1, "sources": {name: sets[name].fingerprint for name in plan.sources}, **plan.identity()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def rank_slice(cursor: int, batch_size: int, rank: int, world: int) -> tuple[int, int]:
@@ -113,38 +198,6 @@ def _validation_batches(
         inputs[1 : tokens.size] = tokens[:-1]
         previous = int(tokens[-1])
         yield inputs.reshape(rows, seq_len), targets.reshape(rows, seq_len)
-
-
-def permute(positions: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Where a permutation of 0 to `size - 1`, drawn from (seed, epoch), sends `positions`.
-
-    A keyed Feistel network over the smallest power of two that holds `size`; what it sends outside goes through again
-    until it falls inside (cycle walking), which keeps it one to one. Nothing is stored, and any position costs the
-    same. A change here would reorder the data of every run that resumes.
-    """
-    keys = np.frombuffer(hashlib.sha512(f"nmoe order 1 {seed} {epoch}".encode()).digest(), "<u8")
-    bits = (size - 1).bit_length()
-    low_bits = np.uint64(bits // 2)
-    masks = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
-
-    def encrypt(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        halves = [value & masks[0], value >> low_bits]
-        for number, key in enumerate(keys):
-            side = number % 2
-            halves[side] = halves[side] ^ (_mix(halves[1 - side] ^ key) & masks[side])
-        return (halves[1] << low_bits) | halves[0]
-
-    out = encrypt(positions.astype(np.uint64))
-    while (outside := out >= size).any():
-        out[outside] = encrypt(out[outside])
-    return out.astype(np.int64)
-
-
-def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    # SplitMix64's finalizer: every bit of the input reaches the low bits, which are the ones kept.
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -1,10 +1,8 @@
 """Tokenizers: text to ids and back, and their Hugging Face form."""
 
-import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -73,9 +71,17 @@ class Tokenizer(ABC):
         table = self._bytes
         return b"".join([table[value] for value in values])
 
-    def decode(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> str:
-        """The text that the ids stand for; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int] | npt.NDArray[np.integer], *, specials: bool = False) -> str:
+        """The text that the ids stand for; bytes that are not UTF-8 become U+FFFD.
+
+        `specials`: with the spelling of special tokens, for people; nothing tells it from the same text.
+        """
+        if not specials:
+            return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        spelled = {number: text.encode() for text, number in self.vocabulary.specials.items()}
+        values = [int(value) for value in ids]
+        parts = [spelled.get(value) or self.decode_bytes([value]) for value in values]
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     @cached_property
     def _bytes(self) -> list[bytes]:
@@ -122,9 +128,12 @@ class BpeTokenizer(Tokenizer):
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
-        """Ids of each text as uint32 (tokens,), without EOS; on all cores, in order."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(self._encode_array, texts))
+        """Ids of each text as uint32 (tokens,), without EOS."""
+        return [self._encode_array(text) for text in texts]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # tiktoken's own object cannot travel; its making from the vocabulary takes a fraction of a second.
+        return BpeTokenizer, (self.name, self.vocabulary)
 
     def _encode_array(self, text: str) -> npt.NDArray[np.uint32]:
         arrays = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]

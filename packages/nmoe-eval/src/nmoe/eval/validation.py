@@ -30,6 +30,9 @@ class ValidationSet:
     n_tokens: int
     n_bytes: int
     """UTF-8 bytes of its text."""
+    document_starts: Callable[[np.ndarray], np.ndarray] | None = None
+    """Of inputs (B, S), for each position the first one of its document, int32 (B, S), before which attention sees
+    nothing; None: it sees all."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,10 @@ def validate(
     world = alone(device) if world is None else world
     total, scored = torch.zeros((), dtype=torch.float64), 0
     for inputs_BS, targets_BS in _of_rank(_bounded(data.batches(), max_sequences), world):
-        nll = model.score(torch.from_numpy(inputs_BS).to(device), torch.from_numpy(targets_BS).to(device))
+        documents = {}
+        if data.document_starts is not None:
+            documents["document_start_BS"] = torch.from_numpy(data.document_starts(inputs_BS)).to(device)
+        nll = model.score(torch.from_numpy(inputs_BS).to(device), torch.from_numpy(targets_BS).to(device), **documents)
         total += nll.double().cpu()
         scored += int((targets_BS != IGNORE).sum())
     if world.size > 1:

@@ -53,18 +53,19 @@ def evaluate(
     length = seq_len or (config.train.seq_len if config else None)
     if length is None:
         raise UsageError(f"{run} is no run and names no sequence length: add --seq-len")
-    tokens = open_run_data(section, opened.model.config.vocab_size, context.data_root, context.console)
+    tokens = open_run_data(section, opened.model.config.vocab_size, length, context)
     check_same_tokenizer(opened.folder, tokens.tokenizer)
     if tokens.val is None:
         raise UsageError("the run's data has no validation set: add --data DIR")
-    result = validate(opened.model, validation_set(tokens.val, length, batch_size))
+    masking = config is not None and config.data.document_masking
+    result = validate(opened.model, validation_set(tokens.val, length, batch_size, document_masking=masking))
     rows = [
         ("model", str(opened.located.folder)),
-        ("data", f"{tokens.val.path}, {result.n_tokens:,} tokens in windows of {length}"),
+        ("data", f"{tokens.val}, {result.n_tokens:,} tokens in windows of {length}"),
         ("val/loss", f"{result.loss:.4f} nats a token"),
         ("val/bpb", f"{result.bpb:.4f} bits a byte"),
     ]
-    gzip = tokens.val.manifest.gzip_bits_per_byte
+    gzip = tokens.val.gzip_bits_per_byte
     if gzip is not None:
         rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the same text"))
     print_summary(context.console, f"Evaluation of {run}", rows)
@@ -90,7 +91,7 @@ def _record(opened: "OpenModel", tokens: "RunData", result: "ValidationResult", 
     newest = newest_complete(run.checkpoints)
     if newest is None or newest.resolve() != opened.located.folder.resolve():
         return
-    if opened.folder.document("identity").get("data") != tokens.train.fingerprint:
+    if opened.folder.document("identity").get("data") != tokens.fingerprint:
         return  # what stands at the data's path is not what the run was trained on
     try:
         with Experiments(context.data_root / "experiments.db") as experiments:

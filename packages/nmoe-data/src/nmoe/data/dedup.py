@@ -1,0 +1,57 @@
+"""Exact deduplication: which documents were seen before, kept on disk so that memory does not grow with them."""
+
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from nmoe.data.tokenized import DIGEST_BYTES
+
+_TABLE = """
+    CREATE TABLE IF NOT EXISTS seen (digest BLOB PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID
+"""
+_CACHE_KIB = 64 * 1024
+
+
+class SeenDocuments:
+    """Digests of documents with the number of the first document that had each, in one SQLite file.
+
+    Used as a context, it closes the file; what came after the last `commit` is lost then.
+    """
+
+    def __init__(self, path: Path, n_documents: int) -> None:
+        """Open or make the file; what it knows of documents from number `n_documents` on is forgotten."""
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        # Written ahead to a log: a kill at any moment leaves the last commit.
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        self._connection.execute(_TABLE)
+        self._connection.execute("BEGIN")
+        self._connection.execute("DELETE FROM seen WHERE number >= ?", (n_documents,))
+        self._next = n_documents
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def first_times(self, digests: bytes) -> npt.NDArray[np.bool_]:
+        """For each of the next documents, whether none before had its digest, as (documents,)."""
+        count = len(digests) // DIGEST_BYTES
+        first = np.zeros(count, np.bool_)
+        for index in range(count):
+            digest = digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+            added = self._connection.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, self._next + index))
+            first[index] = added.rowcount
+        self._next += count
+        return first
+
+    def commit(self) -> None:
+        """Make what is known durable."""
+        self._connection.execute("COMMIT")
+        self._connection.execute("BEGIN")
