@@ -333,6 +333,21 @@ def test_a_missing_rank_is_named_and_nothing_hangs(gpu: str) -> None:
 
 
 @pytest.mark.gpu
+def test_words_wrap(gpu: str) -> None:
+    """The greatest word, of the last exchange before they wrap, is not taken for the next exchange's."""
+    ranks = make_ranks(2, 10, 64, 2, timeout_s=0.3)
+    link = ranks.links[0]
+    link._state[0] = 2**28 - 1  # exchanges that have ended, each of 8 parts
+    link._kept[0][0][reference.ARRIVED * 2 + 1] = 2**31 - 1
+    x, expert, gate = draw(2, (10, 10), 64, 2, 4)
+    plan = exchange.make_plan(link, expert[0].cuda())
+    exchange.dispatch_tokens(link, ranks.slabs[0], x[0].cuda(), gate[0].cuda(), plan, 2, n_waves=1)
+    exchange.await_rows(link, gradients=False)  # rank 1 sends nothing
+    torch.cuda.synchronize()
+    assert ranks.record.tolist()[:3] == [1, 1, 0]
+
+
+@pytest.mark.gpu
 def test_the_tail_is_cleared_and_no_more(gpu: str) -> None:
     for end, n_rows in ((0, 10), (7, 100), (90, 100), (100, 100)):
         a, b = (torch.full((n_rows, width), torch.nan, dtype=torch.bfloat16, device=gpu) for width in (24, 520))

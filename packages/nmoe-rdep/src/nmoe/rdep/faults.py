@@ -19,8 +19,8 @@ class Faults:
 
     Attributes:
         record: int32 (8,): code (0 none, 1 timeout, 2 overflow), missing rank, phase (index of `PHASES`), rows needed,
-            rows there were (of a timeout, the exchange's number and the last one that came); three are free. The code
-            is written last. On a GPU in pinned memory, which kernels write at the same address.
+            rows there were (of a timeout on a GPU, the word that was waited for and the one that was there); three are
+            free. The code is written last. On a GPU in pinned memory, which kernels write at the same address.
         healthy: int32 () on `device`: 1 until there is a fault, then 0.
         even_rows: of a rank where routing is even: what a capacity factor of 1 stands for. Whoever has buffers sets it.
     """

@@ -81,8 +81,6 @@ class Reducer:
     def finish(self) -> None:
         """After a micro-batch's backward: all of it is in the accumulators, for whatever comes next on this stream."""
         while self._next < len(self._chunks):
-            for name in self._chunks[self._next].missing:
-                clear_unreached(self._parameters[name])
             self._sum_next()
         if self._beside is not None:
             torch.cuda.current_stream(self._world.device).wait_stream(self._beside)
@@ -92,6 +90,8 @@ class Reducer:
     def _sum_next(self) -> None:
         chunk = self._chunks[self._next]
         self._next += 1
+        for name in chunk.names:  # also of those that arrived: autograd tells of a gradient that is none, too
+            clear_unreached(self._parameters[name])
         with self._stream():
             if self._first:
                 self._world.scatter_sum(chunk.taken, chunk.sums)

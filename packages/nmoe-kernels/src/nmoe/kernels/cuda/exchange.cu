@@ -14,8 +14,8 @@
 // Letters: T tokens of this rank, D width, K slots, W ranks, N most tokens of a rank, S = W*N slab rows, C waves.
 // Macros choose the kernel, and say how it is made. PLAN and ROWS: plan_tokens (1, 0), dispatch by ordinals that are known
 // (0, 1), or both in one (1, 1); STAGES are rows on their way a warp. SEND, GATES and READY: return_rows, which with READY 1
-// sends only what became ready with a wave. GATES alone: collect_rows; RANKS is at least W, 2, 4 or 8. With GATES 1 these two carry the gates'
-// gradients too. TAIL: clear_tail. None of them: await_words. WARPS are those of a block.
+// sends only what became ready with a wave. GATES alone: collect_rows; RANKS is at least W, 2, 4 or 8. With GATES 1 these
+// two carry the gates' gradients too. TAIL: clear_tail. None of them: await_words. WARPS are those of a block.
 #include "link.cuh"
 #include "sm90.cuh"
 

@@ -41,7 +41,7 @@ struct Params {
   const int* order;     // (R): token · top_k + slot
   const int* token;     // (R)
   const float* gate;    // (T, top_k)
-  const int* schedule;  // block count and counters, then (expert, first row, rows, 0) of each block
+  const int* schedule;  // block count and counters, then (expert, first row, rows, wave) of each block
   unsigned* counter;    // of this product's tiles, in the schedule's head
   float* partial;       // DSWIGLU: (column tiles, R), each row's part of its gate's gradient
   int reduction;

@@ -51,6 +51,11 @@ __device__ __forceinline__ int arrival(int number, int part) {
   return static_cast<int>(static_cast<unsigned>(number) * PARTS + part);
 }
 
+// Whether a word has not come to `number` yet. Unsigned: where a signed difference would wrap, compilers compare the two.
+__device__ __forceinline__ bool is_before(int word, int number) {
+  return static_cast<int>(static_cast<unsigned>(word) - static_cast<unsigned>(number)) < 0;
+}
+
 __device__ __forceinline__ void report_fault(const Link& link, int code, int a, int b, int c, int d) {
   *link.healthy = 0;
   volatile int* const record = link.record;
@@ -64,9 +69,9 @@ __device__ __forceinline__ void report_fault(const Link& link, int code, int a, 
 __device__ __forceinline__ void wait_for(const Link& link, Word word, int from, int number, Phase phase) {
   const int* const place = link.words[link.rank] + word * link.world + from;
   int seen = load_acquire(place);
-  if (seen - number >= 0) return;
+  if (!is_before(seen, number)) return;
   const u64 start = nanoseconds();
-  while ((seen = load_acquire(place)) - number < 0) {
+  while (is_before(seen = load_acquire(place), number)) {
     if (*static_cast<volatile int*>(link.gave_up)) return;
     // Signed, as the timer is known to be read in two halves: it may seem to go back.
     if (static_cast<long long>(nanoseconds() - start) > link.timeout_ns) {

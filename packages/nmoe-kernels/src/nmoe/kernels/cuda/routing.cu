@@ -516,14 +516,20 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     const unsigned same = __match_any_sync(FULL, expert);
     const int earlier = __popc(same & ((1u << lane) - 1));
     if (expert >= 0) {
+#if SLAB
+      // Within the tensors even if a rank that is too late writes to the slab meanwhile.
+      const int row = smaller(cursor_E[warp * n + expert] + earlier, p.capacity - 1);
+#else
       const int row = cursor_E[warp * n + expert] + earlier;
+#endif
       p.order_R[row] = i;
       p.token_R[row] = i / p.top_k;
       p.row_TK[i] = row;
 #if SLAB
       const int* const offset_C = offset_E + expert / waves * waves;
       int ready = expert % waves;
-      while ((row - offset_C[0]) / BLOCK_ROWS >= entries_up_to(offset_C, ready, waves)) ++ready;
+      // The last wave has all: said for rows that a late rank changes after a fault, since they were counted.
+      while (ready < waves - 1 && (row - offset_C[0]) / BLOCK_ROWS >= entries_up_to(offset_C, ready, waves)) ++ready;
       atomicMax(&p.ready_S[i / p.top_k], ready);
 #endif
     }

@@ -34,8 +34,8 @@ _DISPATCH_BLOCKS, _RETURN_BLOCKS, _COLLECT_BLOCKS = 64, 128, 256
 BLOCKS_BESIDE = 16
 """Of dispatch and return while products have the rest of the GPU: what all blocks move in nine tenths of the time."""
 _FEW_TOKENS = 1024
-"""Up to as many, collect waits itself, which saves a launch; its blocks then fill a fourth of the GPU. For more, a warp
-waits before it, so that other streams' kernels have the GPU meanwhile."""
+"""Up to as many, collect waits itself, which saves a launch; its blocks then fill at most a third of the GPU. For more,
+a warp waits before it, so that other streams' kernels have the GPU meanwhile."""
 _WIDE = 2048
 _CHOICES, _ALL = 0, 7  # parts of an exchange, as link.cuh has them
 _DISPATCH_PHASE, _RETURN_PHASE, _GRADIENT_DISPATCH_PHASE, _GRADIENT_RETURN_PHASE = range(4)  # as link.cuh has them
@@ -315,6 +315,8 @@ def return_wave(
     wave: int,
 ) -> None:
     """As `return_rows`, of the slab rows that became ready with a wave. To be called for each wave, in order.
+
+    After an overflow, which no rank's step survives, there are rows that return with none.
 
     Args:
         link: of the ranks.

@@ -19,7 +19,8 @@ from nmoe.kernels.reference.routing import RowIndex
 
 ARRIVED, RETURNED, CONSUMED = range(3)
 """Flags between two ranks, each the number of the last exchange of which it tells: a source's rows are at their owner,
-an owner's sums are at the source, an owner has read all that it was sent. As `Word` in cuda/link.cuh."""
+an owner's sums are at the source, an owner has read all that it was sent. As `Word` in cuda/link.cuh, where ARRIVED
+counts parts of exchanges."""
 WORDS = 3
 WAVES = 2
 """That a slab can tell apart. Wave c of a source's T tokens goes up to, not including, token T·(c + 1) // WAVES."""
