@@ -1,5 +1,6 @@
 """A user's own text from files to shards and back to a description."""
 
+import base64
 import json
 
 import pytest
@@ -116,6 +117,16 @@ def test_mistakes_with_show(n, prepared, arguments, code, words):
     outcome = n("data", "show", prepared[0], *arguments)
     assert outcome.code == code
     assert words in outcome.err
+
+
+def test_show_asks_for_the_file_of_a_local_tokenizer(n, text, tmp_path):
+    file = tmp_path / "mine.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    n("data", "prep", text, "--tokenizer", file, "--output", tmp_path / "o")
+    outcome = n("data", "show", tmp_path / "o", "--doc", 0)
+    assert outcome.code == ExitCode.USAGE
+    assert "was a local file: name the .tiktoken file with --tokenizer" in outcome.err
+    assert "Document 1: words" in n("data", "show", tmp_path / "o", "--doc", 0, "--tokenizer", file).out
 
 
 def test_show_lets_no_document_act_on_the_terminal(n, tmp_path):

@@ -71,7 +71,12 @@ def lines(outcome, first):
     return [line.split() for line in outcome.out.splitlines() if line.startswith(first)]
 
 
-def test_the_plan_comes_before_anything_is_prepared(n, config_file, settings):
+def prep_command(mixture, folder):
+    flow = f"--flow dev --flow-profiles {folder / 'flows.toml'}"
+    return f"data prep-mixture --mixture {mixture} {flow} --tokenizer byte"
+
+
+def test_the_plan_comes_before_anything_is_prepared(n, config_file, settings, mixture, tmp_path):
     outcome = n("data", "plan", config_file(), *settings())
     assert outcome.code == ExitCode.OK, outcome.err
     assert lines(outcome, "pretrain") == [
@@ -80,16 +85,16 @@ def test_the_plan_comes_before_anything_is_prepared(n, config_file, settings):
     ]
     assert lines(outcome, "anneal") == [["anneal", "digits", "100.0000%", "40", "640"]]
     assert "! not prepared" in outcome.out
-    assert "n data prep-mixture --mixture" in outcome.out
+    assert f"n {prep_command(mixture, tmp_path)}" in outcome.out
     assert "80 samples, 1.28k tokens" in outcome.out
 
 
-def test_training_on_what_is_not_prepared_says_how_to_prepare_it(n, config_file, settings, mixture):
+def test_training_on_what_is_not_prepared_says_how_to_prepare_it(n, config_file, settings, mixture, tmp_path):
     outcome = n("train", config_file(), *settings())
     assert outcome.code == ExitCode.DATA
     assert "letters" in outcome.err
     assert "digits" in outcome.err
-    assert f"n data prep-mixture --mixture {mixture} --flow dev --tokenizer byte" in outcome.err
+    assert f"n {prep_command(mixture, tmp_path)}" in outcome.err
 
 
 def test_sources_are_prepared_as_far_as_the_flow_needs_them_and_only_once(n, prep, config_file, settings, tmp_path):
@@ -103,6 +108,7 @@ def test_sources_are_prepared_as_far_as_the_flow_needs_them_and_only_once(n, pre
     assert 860 <= tokens["letters"] <= 1100, "960 of them, to a document"
     assert 860 <= tokens["digits"] <= 1100, "for both stages"
     assert f"--set data.mixture={tmp_path / 'both.toml'} --set data.flow=dev" in outcome.out
+    assert f"--set data.flow_profiles={tmp_path / 'flows.toml'}" in outcome.out
     again = prep()
     assert again.code == ExitCode.OK
     assert again.out.count("prepared already") == 2

@@ -93,11 +93,34 @@ def test_mistakes_are_named_by_file_and_key(mixture, old, new, words):
     assert words in str(error.value)
 
 
-def test_all_mistakes_come_at_once(mixture):
+def test_all_mistakes_come_at_once_and_no_others(mixture):
     with pytest.raises(MixtureError) as error:
         read_mixture(mixture(TWO.replace("0.7", "0").replace("0.1", "-1")))
-    assert "source[1].weight" in str(error.value)
-    assert "source[2].weight" in str(error.value)
+    assert error.value.found == (
+        "source[1].weight: Input should be greater than 0; source[2].weight: Input should be greater than 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "source: Field required"),
+        ("source = []", "source: expected at least one, found none"),
+        ('[source]\nname = "web"', r"source: expected a list (of tables: [[…]])"),
+    ],
+)
+def test_a_mixture_has_sources(mixture, text, words):
+    with pytest.raises(MixtureError) as error:
+        read_mixture(mixture(text))
+    assert words in error.value.found
+
+
+@pytest.mark.parametrize("temperature", ["0.01", "1e-400"])
+def test_a_temperature_too_low_for_numbers_is_refused(mixture, temperature):
+    text = f"temperature = {temperature}\n" + TWO.replace("weight = 0.7", "").replace("weight = 0.1", "")
+    read = read_mixture(mixture(text))
+    with pytest.raises(MixtureError, match=r"temperature: expected.*source 'web'. Raise it"):
+        read.weights(read.stages[0], {"web": 900_000_000, "code": 7})
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -4,6 +4,7 @@ import math
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -138,6 +139,18 @@ def test_equal_documents_are_kept_once(tmp_path, texts_source):
     assert (plain.train.fingerprint, plain.val.fingerprint) == (result.train.fingerprint, result.val.fingerprint)
 
 
+def test_the_count_of_duplicates_ends_with_the_last_document(tmp_path, texts_source):
+    """Where a block ends depends on interruptions: the manifest must not."""
+    texts = ["a" * 9, "a" * 9, "b" * 9, "b" * 9, "c" * 9, "b" * 9, "c" * 9]
+    made = []
+    for size in (1, 3, 4, 7):
+        output = tmp_path / str(size)
+        prepare(texts_source(texts, size), ByteTokenizer(), output, dedupe=True, max_tokens=15, val_fraction=0)
+        made.append(content(output))
+    assert json.loads(made[0]["train/manifest.json"])["source"]["prep"]["duplicates"] == 1
+    assert all(other == made[0] for other in made)
+
+
 def test_memory_does_not_grow_with_the_text(tmp_path, texts_source):
     class Many(texts_source):
         def blocks(self, start=None):
@@ -163,8 +176,18 @@ def test_nothing_is_overwritten(tmp_path, texts_source):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OutputExistsError):
         prepare(texts_source(make_texts(5)), ByteTokenizer(), tmp_path / "file")
+    with pytest.raises(WriteError, match="Choose another output"):
+        prepare(texts_source(make_texts(5)), ByteTokenizer(), tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "precious"
     assert sorted(os.listdir(tmp_path)) == ["file", "out"]
+
+
+@pytest.mark.parametrize("output", [".", "..", "/"])
+def test_a_folder_without_a_name_is_there_already(tmp_path, monkeypatch, texts_source, output):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputExistsError, match="choose another output"):
+        prepare(texts_source(make_texts(5)), ByteTokenizer(), Path(output))
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path, texts_source):
@@ -260,6 +283,38 @@ def test_a_state_that_makes_no_sense_is_refused(tmp_path, texts_source, text):
         prepare(texts_source(make_texts(60)), ByteTokenizer(), tmp_path / "out")
 
 
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+def test_a_damaged_file_of_seen_documents_is_refused(tmp_path, texts_source, fault):
+    stop_midway(tmp_path, texts_source, make_texts(60), dedupe=True)
+    seen = tmp_path / "out.partial" / "seen.db"
+    seen.unlink()
+    if fault == "damaged":
+        seen.write_bytes(b"no database" * 1000)
+    with pytest.raises(PrepStateError, match=r"seen\.db.*Delete"):
+        prepare(texts_source(make_texts(60)), ByteTokenizer(), tmp_path / "out", dedupe=True)
+
+
+def test_a_disk_that_is_full_for_the_seen_documents_is_told(tmp_path, monkeypatch, texts_source):
+    connect = sqlite3.connect
+
+    def small(*arguments, **options):
+        connection = connect(*arguments, **options)
+        connection.execute("PRAGMA max_page_count = 8")
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    texts = make_texts(3000) + make_texts(3000)
+    monkeypatch.setattr(nmoe.data.prep, "SAVE_GAP_S", 0)
+    with pytest.raises(WriteError, match=r"seen\.db.*full.*run the same command again"):
+        prepare(texts_source(texts, 400), ByteTokenizer(), tmp_path / "out", dedupe=True)
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    notices = []
+    prepare(texts_source(texts, 400), ByteTokenizer(), tmp_path / "out", dedupe=True, notice=notices.append)
+    assert len(notices) == 1
+    prepare(texts_source(texts, 400), ByteTokenizer(), tmp_path / "whole", dedupe=True)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("fault", ["missing", "truncated"])
 @pytest.mark.parametrize("name", ["shard_00000.npy", "shard_00000.idx"])
 @pytest.mark.parametrize("shard_tokens", [1500, 10**6])
@@ -281,6 +336,20 @@ def test_two_at_once_are_refused(tmp_path, texts_source):
         with pytest.raises(PrepRunningError, match=r"out\.partial"):
             prepare(texts_source(make_texts(5)), ByteTokenizer(), tmp_path / "out")
     prepare(texts_source(make_texts(5)), ByteTokenizer(), tmp_path / "out")
+
+
+def test_a_folder_that_another_process_removes_meanwhile_is_made_anew(tmp_path, monkeypatch, texts_source):
+    opened = []
+
+    def late(path, mode):
+        if not opened:
+            path.parent.rmdir()
+        opened.append(path)
+        return open(path, mode)
+
+    monkeypatch.setattr(nmoe.data.prep_state, "open", late, raising=False)
+    prepare(texts_source(make_texts(5)), ByteTokenizer(), tmp_path / "out")
+    assert len(opened) == 2
 
 
 def test_a_full_disk_is_told_and_work_goes_on_later(tmp_path, monkeypatch, texts_source):

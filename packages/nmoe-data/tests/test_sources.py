@@ -4,6 +4,7 @@ import pickle
 import random
 
 import nmoe.data.readers
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -126,6 +127,35 @@ def test_globs_and_named_kinds(tmp_path):
             open_source(kind, [tmp_path / path])
 
 
+def test_globs_through_dots_and_hidden_folders(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.jsonl", ".cache/b.jsonl"):
+        (tmp_path / name).write_bytes(jsonl([name]))
+    monkeypatch.chdir(tmp_path / "here")
+    assert list(open_source(None, ["../*.jsonl"])) == ["a.jsonl"]
+    assert list(open_source(None, ["../.cache/*.jsonl"])) == [".cache/b.jsonl"]
+    assert list(open_source(None, [".."])) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [(None, "*"), ("parquet", "*.parquet"), (None, "**")])
+def test_a_glob_that_matches_a_folder_of_parts_reads_each_part_once(tmp_path, kind, pattern):
+    (tmp_path / "b.parquet").mkdir()
+    for name in ("a.parquet", "b.parquet/part-0.parquet", "b.parquet/part-1.parquet"):
+        write_parquet(tmp_path / name, [name])
+    (tmp_path / "b.parquet" / "_SUCCESS").touch()
+    found = ["a.parquet", "b.parquet/part-0.parquet", "b.parquet/part-1.parquet"]
+    assert list(open_source(kind, [tmp_path / pattern])) == found
+
+
+@pytest.mark.parametrize("path", ["", "*"])
+def test_a_link_to_nowhere_is_named_and_not_left_out(tmp_path, path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a"]))
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(SourceError, match=r"b\.jsonl.*a file that can be read"):
+        open_source(None, [tmp_path / path])
+
+
 @pytest.mark.parametrize(
     ("kind", "inputs", "options", "what"),
     [
@@ -211,6 +241,11 @@ def test_parquet_faults_are_named(tmp_path):
     write_parquet(tmp_path / "null.parquet", ["a", "b", None])
     with pytest.raises(SourceError, match=r"null\.parquet, row 2"):
         list(open_source(None, [tmp_path / "null.parquet"]))
+    values, offsets = pa.py_buffer(b"ab\xff"), pa.py_buffer(np.arange(4, dtype=np.int32))
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, [None, offsets, values])})
+    pq.write_table(table, tmp_path / "latin.parquet")
+    with pytest.raises(SourceError, match=r"latin\.parquet, row 2: expected text, found bytes that are no UTF-8"):
+        list(open_source(None, [tmp_path / "latin.parquet"]))
     write_parquet(tmp_path / "column.parquet", ["a"], column="body")
     with pytest.raises(SourceError, match=r"column\.parquet.*'id', 'body'"):
         list(open_source(None, [tmp_path / "column.parquet"]))

@@ -157,6 +157,16 @@ def plan_data(
     return make_plan(mixture, tokens, seq_len, budgets=budgets, stage=data.stage, run_samples=run_samples)
 
 
+def prep_mixture_command(data: DataConfig) -> str:
+    """What prepares the sources of the section's mixture, after the name of this program."""
+    words = ["data", "prep-mixture", "--mixture", str(data.mixture)]
+    if data.flow is not None:
+        words += ["--flow", data.flow]
+        if data.flow_profiles != DataConfig.model_fields["flow_profiles"].default:
+            words += ["--flow-profiles", str(data.flow_profiles)]
+    return shlex.join([*words, "--tokenizer", data.tokenizer])
+
+
 def documents_of(data: DataConfig, tokenizer: Tokenizer) -> Documents | None:
     """What the section hides of samples; None: nothing."""
     if not (data.document_masking or data.loss_mask_eos):
@@ -217,13 +227,11 @@ def _prepared_folders(
     }
     lacking = [f"{name} ({folder})" for name, folder in folders.items() if not folder.exists()]
     if lacking:
-        flow = f" --flow {data.flow}" if data.flow is not None else ""
         raise MissingShardSetError(
             str(path),
             expected="sources that are prepared",
             found=f"nothing of {', '.join(lacking)}",
-            remedy=f"Prepare them: n data prep-mixture --mixture {shlex.quote(str(path))}{flow} "
-            f"--tokenizer {shlex.quote(data.tokenizer)}",
+            remedy=f"Prepare them: {context.command} {prep_mixture_command(data)}",
         )
     return folders
 

@@ -76,7 +76,13 @@ class RowsBlock(Block):
         import pyarrow
 
         with pyarrow.ipc.open_stream(self.data) as stream:
-            rows = stream.read_all().column(0).to_pylist()
+            column = stream.read_all().column(0)
+        try:
+            rows = column.to_pylist()
+        except UnicodeDecodeError as error:
+            number = self.first_row + _first_no_text(column)
+            found, remedy = f"bytes that are no UTF-8 ({error})", "Mend or drop such rows first."
+            raise SourceError(f"{self.file}, row {number}", expected="text", found=found, remedy=remedy) from error
         for number, text in enumerate(rows, self.first_row):
             if text is None:
                 raise SourceError(
@@ -84,6 +90,16 @@ class RowsBlock(Block):
                 )
             if text:
                 yield text
+
+
+def _first_no_text(column: Any) -> int:
+    """The number of the first string that is no UTF-8; there is one."""
+    for number, value in enumerate(column):
+        try:
+            value.as_py()
+        except UnicodeDecodeError:
+            return number
+    raise AssertionError("each string is UTF-8")
 
 
 def _json_text(line: bytes, where: str, key: str) -> str:

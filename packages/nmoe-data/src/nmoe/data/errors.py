@@ -60,7 +60,7 @@ class EmptySourceError(SourceError):
 
 
 class SourceChangedError(SourceError):
-    """The sources gave other documents on the second reading than on the first."""
+    """A source is another one than when it was opened."""
 
 
 class CorpusUnavailableError(SourceError):

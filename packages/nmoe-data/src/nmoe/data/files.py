@@ -3,7 +3,7 @@
 import glob
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,7 +61,8 @@ class Opened:
 def find_files(kind: FileKind | None, inputs: Sequence[str | Path], patience: Patience) -> list[InputFile]:
     """The files that `inputs` stand for, in reading order.
 
-    A folder stands for the files below it, a glob for what it matches; each sorted by path, hidden ones left out.
+    A folder stands for the files below it, a glob for the files that it matches and for those below a folder that it
+    matches and that has one of the suffixes (`a.parquet/`); each sorted by path, hidden ones left out.
     `kind` None: by suffix. With a kind, a file that is named may have any suffix. Raises SourceError for what is
     missing or of another kind, NetworkError.
     """
@@ -89,12 +90,12 @@ def open_file(file: InputFile, patience: Patience) -> Iterator[Opened]:
     except DataError:
         raise
     except OSError as error:
-        raise SourceError(
-            file.name,
-            expected="a file that can be read",
-            found=str(error),
-            remedy="Check the path, its rights and the disk.",
-        ) from error
+        raise _unreadable(file.name, error) from error
+
+
+def _unreadable(name: str, error: OSError) -> SourceError:
+    remedy = "Check the path, its rights and the disk."
+    return SourceError(name, expected="a file that can be read", found=str(error), remedy=remedy)
 
 
 def _unpack(raw: BinaryIO, codec: str) -> Any:
@@ -107,7 +108,10 @@ def _look(name: str, kind: FileKind, patience: Patience) -> InputFile:
     if is_url(name):
         with RemoteFile(name, patience) as remote:
             return InputFile(name, kind, remote.stat.size, remote.stat.mark)
-    stat = os.stat(name)
+    try:
+        stat = os.stat(name)
+    except OSError as error:
+        raise _unreadable(name, error) from error
     return InputFile(name, kind, stat.st_size, str(stat.st_mtime_ns))
 
 
@@ -116,27 +120,35 @@ def _expand(name: str, kind: FileKind | None, patience: Patience) -> list[str]:
         return remote_names(name, patience) if glob.has_magic(name.rpartition("/")[2].partition("?")[0]) else [name]
     path = Path(name)
     if path.is_dir():
-        below = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
-        return [str(path / file) for file in _chosen(name, below, kind)]
+        return _chosen(name, _below(path), kind)
     if path.exists():
         return [name]
     if glob.has_magic(name):
-        return [str(file) for file in _chosen(name, map(Path, glob.glob(name, recursive=True)), kind, named=True)]
+        matches = [Path(match) for match in glob.glob(name, recursive=True)]
+        folders = [match for match in matches if _suffix_kind(match.name) and match.is_dir()]
+        below = {file for folder in folders for file in _below(folder) if _suffix_kind(file.name)}
+        # A set: with `**` the files below a folder match too.
+        return _chosen(name, {*matches, *below}, kind, named=True)
     raise SourceError(name, expected="a file or a folder", found="nothing", remedy="Check the path.")
 
 
-def _chosen(what: str, paths: Any, kind: FileKind | None, *, named: bool = False) -> list[Path]:
+def _below(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _chosen(what: str, paths: Iterable[Path], kind: FileKind | None, *, named: bool = False) -> list[str]:
     def fits(path: Path) -> bool:
         found = _suffix_kind(path.name)
-        if found is None:
-            return named and kind is not None and path.is_file()
-        return kind in (None, found)
+        return kind in (None, found) if found is not None else named and kind is not None
 
-    files = sorted(path for path in paths if fits(path) and not any(part.startswith(".") for part in path.parts))
+    # A link to nowhere stays: it is told when the file is looked at.
+    files = sorted(path for path in paths if fits(path) and not path.is_dir())
     if not files:
         wanted = f"{kind} files" if kind else f"files ({_SUFFIXES})"
         raise SourceError(what, expected=wanted, found="none", remedy="Give another path.")
-    return files
+    return [str(file) for file in files]
 
 
 def _kind_of(name: str, kind: FileKind | None) -> FileKind:

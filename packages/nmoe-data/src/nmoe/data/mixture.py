@@ -88,7 +88,8 @@ class MixtureStage(_Table):
 class Mixture(_Table):
     """Sources, and how much of each. Read by `read_mixture`."""
 
-    source: Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
+    source: tuple[MixtureSource, ...]
+    """At least one."""
     stage: tuple[MixtureStage, ...] = ()
     """In their order. None: one stage, `pretrain`, with the sources' weights or the temperature."""
     temperature: Positive | None = None
@@ -105,7 +106,7 @@ class Mixture(_Table):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        problems = []
+        problems = [] if self.source else ["source: expected at least one, found none"]
         for kind, names in (("source", self.names), ("stage", [stage.name for stage in self.stage])):
             twice = sorted({name for name in names if names.count(name) > 1})
             problems += [f"{kind} {name!r} stands twice: names must differ" for name in twice]
@@ -144,26 +145,36 @@ class Mixture(_Table):
             tokens: what is prepared of each source; None: nothing yet.
 
         Raises:
-            MixtureError: a temperature goes by the size of a source that nobody knows.
+            MixtureError: a temperature goes by the size of a source that nobody knows, or is too low for numbers.
         """
         if stage.weights is not None:
             given = {name: Fraction(weight) for name, weight in stage.weights.items()}
         elif (temperature := stage.temperature or self.temperature) is not None:
-            given = {}
-            for source in self.source:
-                size = source.tokens or tokens[source.name]
-                if size is None:
-                    raise MixtureError(
-                        f"source {source.name!r}",
-                        expected="its number of tokens, which a temperature goes by",
-                        found="none, and nothing prepared",
-                        remedy="Add tokens = … to the source, or give weights.",
-                    )
-                given[source.name] = Fraction(float(size) ** (1.0 / float(temperature)))
+            given = {source.name: _tempered(source, tokens[source.name], temperature) for source in self.source}
         else:
             given = {source.name: Fraction(source.weight) for source in self.source if source.weight is not None}
         total = sum(given.values())
         return {name: weight / total for name, weight in given.items()}
+
+
+def _tempered(source: MixtureSource, prepared: int | None, temperature: Decimal) -> Fraction:
+    size = source.tokens or prepared
+    if size is None:
+        raise MixtureError(
+            f"source {source.name!r}",
+            expected="its number of tokens, which a temperature goes by",
+            found="none, and nothing prepared",
+            remedy="Add tokens = … to the source, or give weights.",
+        )
+    try:
+        return Fraction(float(size) ** (1.0 / float(temperature)))
+    except (OverflowError, ZeroDivisionError) as error:
+        raise MixtureError(
+            "temperature",
+            expected="such that tokens to the power of 1/temperature are a number",
+            found=f"{temperature}, with {size:,} tokens of source {source.name!r}",
+            remedy="Raise it: with 1, weights are as the sizes are.",
+        ) from error
 
 
 class Flows(RootModel[dict[str, dict[str, PositiveInt]]]):
@@ -234,6 +245,8 @@ def _problem(location: tuple[int | str, ...], message: str) -> str:
     for part in location:
         key += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if key else part
     message = message.removeprefix("Value error, ")
-    if message == "Extra inputs are not permitted":
-        message = "unknown key"
+    message = {
+        "Extra inputs are not permitted": "unknown key",
+        "Input should be a valid tuple": "expected a list (of tables: [[…]])",
+    }.get(message, message)
     return f"{key}: {message}" if key else message

@@ -210,15 +210,17 @@ class _Run:
 
     def _write(self, made: Tokenized) -> None:
         documents = made.lengths.size
-        if self._seen is not None:
-            made = made.take(self._seen.first_times(made.digests))
-        duplicates = documents - made.lengths.size
-        self._seen_documents += documents
+        kept = np.ones(documents, np.bool_) if self._seen is None else self._seen.first_times(made.digests)
+        made = made.take(kept)
         if self._max_tokens is not None:
             totals = self.now.tokens + np.cumsum(made.lengths)
             enough = int(np.searchsorted(totals, self._max_tokens))
             if enough < made.lengths.size:
                 made, self._ended = made.head(enough + 1), True
+                # Where the block ends depends on interruptions, and duplicates after the last document do not count.
+                documents = int(np.flatnonzero(kept)[enough]) + 1
+        duplicates = documents - made.lengths.size
+        self._seen_documents += documents
         val = _is_validation(self.now.documents, made.lengths.size, self._val_fraction)
         for name, writer in self._writers.items():
             part = made.take(val if name == "val" else ~val)
@@ -256,11 +258,13 @@ class _Run:
                 found="none",
                 remedy="Check the paths and the text key.",
             )
+        reached = self._max_tokens is not None and self.now.tokens >= self._max_tokens
+        more = "Raise max_tokens" if reached else "Give more documents"
         raise EmptySourceError(
             "the source",
             expected="documents for training and for validation",
             found=f"{n_documents} in all, of which validation takes the first",
-            remedy="Give more documents, or no val_fraction (0: no validation set).",
+            remedy=f"{more}, or no val_fraction (0: no validation set).",
         )
 
 

@@ -92,6 +92,8 @@ def partial_folder(output: Path) -> Iterator[Partial]:
     Raises OutputExistsError, PrepRunningError if another process holds it, and WriteError, here and from the block,
     for a disk that refuses.
     """
+    if output.name in ("", ".."):  # such as `.`: there already, and nothing can be made beside it by its name
+        raise exists_error(output)
     partial = Partial(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +103,10 @@ def partial_folder(output: Path) -> Iterator[Partial]:
                     partial.discard()  # begun just now, or left by a kill right after the output appeared
                 raise exists_error(output)
             yield partial
+    except (FileExistsError, NotADirectoryError) as error:
+        raise WriteError(
+            str(output), expected="a name below folders", found=str(error), remedy="Choose another output."
+        ) from error
     except OSError as error:
         if error.errno in _DISK_ERRORS:
             raise WriteError(
@@ -116,7 +122,10 @@ def partial_folder(output: Path) -> Iterator[Partial]:
 def _locked(partial: Partial) -> Iterator[None]:
     while True:
         partial.path.mkdir(exist_ok=True)
-        handle = open(partial.path / "lock", "a")  # noqa: SIM115 - closed below
+        try:
+            handle = open(partial.path / "lock", "a")  # noqa: SIM115 - closed below
+        except FileNotFoundError:  # whoever held it removed the folder just now
+            continue
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

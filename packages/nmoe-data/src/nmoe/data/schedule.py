@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nmoe.data.errors import MixtureError
 
 LONGEST_PERIOD = 1 << 17
-"""Weights are exact up to this common denominator: all that have five decimals."""
+"""Weights are exact up to this common denominator: all that have five decimals and sum to 1."""
 ROUNDED_PERIOD = 1 << 16
 """Others are rounded to this one."""
 

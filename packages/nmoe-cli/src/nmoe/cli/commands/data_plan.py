@@ -14,7 +14,7 @@ def plan(config: ConfigFile, /, *, sets: Sets = (), context: Injected) -> None:
     """
     from nmoe.cli.config import load_config
     from nmoe.cli.plan_report import SOURCES_HEADER, STAGES_HEADER, source_rows, stage_rows
-    from nmoe.cli.run_data import plan_data
+    from nmoe.cli.run_data import plan_data, prep_mixture_command
     from nmoe.cli.units import format_count
 
     run = load_config(Path(config), sets, environ=context.environ).config
@@ -31,8 +31,6 @@ def plan(config: ConfigFile, /, *, sets: Sets = (), context: Injected) -> None:
         rows.append(("the plan", f"{given:,} samples, {format_count(given * run.train.seq_len)} tokens"))
     steps = []
     if run.data.mixture is not None and any(total.available is None for total in planned.totals):
-        flow = f" --flow {run.data.flow}" if run.data.flow else ""
-        tokenizer = f" --tokenizer {run.data.tokenizer}"
-        steps.append(f"{context.command} data prep-mixture --mixture {run.data.mixture}{flow}{tokenizer}")
+        steps.append(f"{context.command} {prep_mixture_command(run.data)}")
     print_summary(console, f"Plan of {config}", rows, steps)
     planned.check_length(wanted)

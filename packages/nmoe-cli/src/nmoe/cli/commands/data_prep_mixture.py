@@ -1,5 +1,7 @@
 """`n data prep-mixture`: every source of a mixture to token shards."""
 
+import math
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +45,7 @@ def prep_mixture(
     from nmoe.data.plan import Plan, make_plan
     from nmoe.data.prep import prepare
     from nmoe.data.remote import Patience
+    from nmoe.data.schema import DataConfig
     from nmoe.data.sources import open_source
     from nmoe.data.tokenizers import load_tokenizer
     from nmoe.data.workers import default_workers
@@ -70,8 +73,13 @@ def prep_mixture(
         if source.name not in wanted:
             continue
         folder = folders[source.name]
+        taken = next((total.tokens for total in whole.totals if total.source == source.name), None)
         if folder.exists():
-            print_line(context.console, f"{source.name}: prepared already, in {folder}")
+            have = prepared_tokens(folder)
+            told = ""
+            if have is not None and taken is not None and have < taken:
+                told = f", {format_count(have)} of {format_count(taken)} tokens: for more, remove it first"
+            print_line(context.console, f"{source.name}: prepared already, in {folder}{told}")
             continue
         if not source.input:
             raise UsageError(
@@ -79,10 +87,9 @@ def prep_mixture(
                 f"{folder}: prepare it (n data prep), or add an input"
             )
         limit = None
-        if budgets is not None:
-            taken = next(total.tokens for total in whole.totals if total.source == source.name)
-            # Validation comes on top.
-            limit = -int(-taken // (1 - content.val_fraction))
+        if budgets is not None and taken is not None:
+            # Validation comes on top; it has its part of the documents, so that this is about as many tokens.
+            limit = math.ceil(taken / (1 - content.val_fraction))
         opened = open_source(
             source.kind,
             list(source.input),
@@ -108,7 +115,9 @@ def prep_mixture(
             )
     print_table(context.console, SOURCES_HEADER, source_rows(planned()))
     keys = {"data.tokenizer": tokenizer, "data.mixture": mixture, "data.flow": flow, "data.stage": stage}
-    given = " ".join(f"--set {key}={value}" for key, value in keys.items() if value is not None)
+    if flow is not None and flow_profiles != DataConfig.model_fields["flow_profiles"].default:
+        keys["data.flow_profiles"] = flow_profiles
+    given = " ".join(f"--set {shlex.quote(f'{key}={value}')}" for key, value in keys.items() if value is not None)
     where = "" if output is None else f"NMOE_DATA_PATH={output} "
     print_summary(
         context.console,

@@ -25,6 +25,7 @@ def show(
     """Show a document or a training sample of prepared data as text."""
     from nmoe.cli.shard_report import document_rows, sample_rows
     from nmoe.cli.shard_sets import set_folders
+    from nmoe.data.errors import UnknownTokenizerError
     from nmoe.data.guards import check_tokenizer
     from nmoe.data.shards import ShardSet
     from nmoe.data.tokenizers import load_tokenizer
@@ -32,7 +33,15 @@ def show(
     if (doc is None) == (sample is None):
         raise UsageError("expected --doc N or --sample N, found " + ("neither" if doc is None else "both"))
     shards = ShardSet.open(set_folders(path)[0])
-    loaded = load_tokenizer(tokenizer or shards.manifest.tokenizer.name)
+    try:
+        loaded = load_tokenizer(tokenizer or shards.manifest.tokenizer.name)
+    except UnknownTokenizerError as error:
+        if tokenizer is not None:
+            raise
+        made_by = shards.manifest.tokenizer.name
+        raise UsageError(
+            f"{shards.path}: tokenizer {made_by!r} was a local file: name the .tiktoken file with --tokenizer"
+        ) from error
     check_tokenizer(shards, loaded)
     if doc is not None:
         tokens = shards.document(doc)
