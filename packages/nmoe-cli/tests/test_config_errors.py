@@ -227,7 +227,7 @@ def test_a_base_that_is_no_path(config_file, value):
             "eval.tasks=[validation]",
             "eval.tasks: expected a TOML value, found [validation]: a bracket or quote is open",
         ),
-        ('eval.tasks=["core"]', 'eval.tasks[0]: expected "validation", found "core"'),
+        ("eval.tasks=[1]", "eval.tasks[0]: expected a string, found 1"),
         ("train.steps", "expected --set section.key=value, such as --set train.steps=100"),
         ("train.=5", "expected --set section.key=value, such as --set train.steps=100"),
         ("train.steps=", 'train.steps: no value after "=": for an empty string write \'""\''),
@@ -236,6 +236,14 @@ def test_a_base_that_is_no_path(config_file, value):
 )
 def test_a_mistake_in_set_names_the_flag(config_file, flag, message):
     assert f"--set {flag}: {message}" in problems(config_file(), flag)
+
+
+def test_an_unknown_task_is_named_with_its_place_and_the_nearest_one(config_file):
+    path = config_file(("[runtime]", '[eval]\ntasks = ["validation", "cor"]\n\n[runtime]'))
+    (problem,) = problems(path)
+    line = path.read_text().splitlines().index('tasks = ["validation", "cor"]') + 1
+    assert problem.startswith(f"{path}:{line}: eval.tasks: expected one of core, ")
+    assert problem.endswith("found 'cor': did you mean 'core'?")
 
 
 def test_mistakes_in_flags_and_files_come_together(config_file):

@@ -70,9 +70,15 @@ def test_a_whole_trunk_is_the_plain_forward(tiny, build):
     token_BS = torch.randint(19, (2, 11), generator=torch.Generator().manual_seed(1))
     position_BS = torch.arange(11).expand(2, 11).contiguous()
     with torch.no_grad():
-        found = model.hidden(token_BS, branches=Branches(position_BS, torch.full((2, 11), 11), 11))
+        whole = torch.full((2, 11), 11)
+        found = model.hidden(token_BS, branches=Branches(position_BS, whole, 11))
         expected = model.hidden(token_BS)
+        start_BS = torch.tensor([[0] * 4 + [4] * 7, [0] * 11], dtype=torch.int32)
+        apart = model.hidden(token_BS, branches=Branches(position_BS, whole, 11, start_BS))
+        expected_apart = model.hidden(token_BS, document_start_BS=start_BS)
     assert (found - expected).abs().max() < TOLERANCE * expected.abs().max()
+    assert (apart - expected_apart).abs().max() < TOLERANCE * expected.abs().max()
+    assert (apart - found).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("wrong", ["until", "position", "trunk"])

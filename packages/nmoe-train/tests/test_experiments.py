@@ -1,5 +1,6 @@
 """The experiments database: what was recorded is read back, by any process, and the dead are told from the living."""
 
+import dataclasses
 import os
 import random
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from nmoe.train.errors import ExperimentsVersionError, UnknownRunError
-from nmoe.train.experiments import Experiments
+from nmoe.train.experiments import EvaluationRow, Experiments
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,7 @@ def test_an_end_is_one_of_those_known(database):
 def test_reading_makes_no_file(tmp_path):
     database = Experiments(tmp_path / "experiments.db")
     assert database.list() == []
+    assert database.evaluations() == []
     with pytest.raises(UnknownRunError):
         database.get("r")
     assert list(tmp_path.iterdir()) == []
@@ -131,9 +133,65 @@ def test_a_newer_database_is_refused(database):
     start(database, "r")
     database.close()
     with sqlite3.connect(database.path) as connection:
-        connection.execute("PRAGMA user_version = 2")
-    with pytest.raises(ExperimentsVersionError, match="at most version 1, found 2"):
+        connection.execute("PRAGMA user_version = 3")
+    with pytest.raises(ExperimentsVersionError, match="at most version 2, found 3"):
         database.list()
+
+
+def figure(**changes) -> EvaluationRow:
+    values = {
+        "model": "r", "step": 5, "task": "copa", "version": "1.0", "shots": 0, "metric": "acc", "value": 0.25,
+        "stderr": 0.125, "centered": -0.5, "examples": 100, "example_limit": None, "data_sha256": "d", "tokenizer": "t",
+    }  # fmt: skip
+    return EvaluationRow(**{**values, **changes})
+
+
+def told(rows) -> list[EvaluationRow]:
+    return [dataclasses.replace(row, measured=None) for row in rows]
+
+
+def test_what_was_measured_is_read_back(database):
+    before = datetime.now(UTC)
+    rows = [figure(), figure(metric="acc_norm", stderr=None, centered=None), figure(task="core", note="partial (1/22)")]
+    database.record_evaluation(rows)
+    database.record_evaluation([figure(model="folder", step=None)])
+    found = database.evaluations("r")
+    assert told(found) == rows
+    assert all(before <= row.measured <= datetime.now(UTC) for row in found)
+    assert told(database.evaluations(task="copa")) == [*rows[:2], figure(model="folder", step=None)]
+    assert told(database.evaluations()) == [*rows, figure(model="folder", step=None)]
+    assert database.evaluations("other") == []
+
+
+def test_a_figure_gives_way_to_the_same_one_alone(database):
+    changes = [{}, {"step": 6}, {"step": None}, {"task": "x"}, {"version": "2"}, {"shots": 1}, {"shots": None}]
+    changes += [{"metric": "m"}, {"example_limit": 10}, {"data_sha256": "e"}, {"tokenizer": "u"}, {"model": "s"}]
+    database.record_evaluation([figure(**change) for change in changes])
+    assert len(database.evaluations()) == len(changes)
+    for change in changes:
+        database.record_evaluation([figure(**change, value=0.75)])
+    assert [row.value for row in database.evaluations()] == [0.75] * len(changes)
+
+
+def test_figures_are_recorded_all_or_none(database):
+    database.record_evaluation([figure()])
+    with pytest.raises(sqlite3.IntegrityError):
+        database.record_evaluation([figure(task="y"), figure(task=None)])
+    assert told(database.evaluations()) == [figure()]
+    database.record_evaluation([figure(value=float("nan"))])
+    assert database.evaluations()[0].value is None
+
+
+def test_a_database_of_before_evaluations_is_brought_up_to_date(database):
+    start(database, "r")
+    database.close()
+    with sqlite3.connect(database.path) as connection:  # as the first version made it
+        connection.execute("DROP TABLE evaluations")
+        connection.execute("PRAGMA user_version = 1")
+    assert database.get("r").status == "running"
+    assert database.evaluations() == []
+    database.record_evaluation([figure()])
+    assert told(database.evaluations()) == [figure()]
 
 
 def test_a_killed_run_reads_as_killed_and_may_go_on(database, children):

@@ -1,14 +1,19 @@
 """The parts of one rank's run, held together while it trains: trainer, evaluation, sample, and the words at the end."""
 
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 from nmoe.cli.console import is_live, print_line, print_summary
 from nmoe.cli.context import Context
+from nmoe.cli.eval_training import measure_suites
 from nmoe.cli.fingerprint import fingerprint
 from nmoe.cli.loss_curve import loss_curve
 from nmoe.cli.run_data import documents_of, validation_set
 from nmoe.cli.run_inputs import Inputs, Request
 from nmoe.cli.tokenizer_name import tokenizer_document
+from nmoe.eval.results import Results
+from nmoe.eval.schema import VALIDATION
+from nmoe.eval.sources import Suite
 from nmoe.eval.validation import validate
 from nmoe.model.checkpoint import TensorFolder
 from nmoe.model.generation import Sampling, generate
@@ -28,7 +33,18 @@ SAMPLE = Sampling(temperature=0.8, top_p=0.95, seed=0)
 class Composition:
     """What one rank computes. Every rank makes the same calls; only the first one's say anything."""
 
-    def __init__(self, request: Request, context: Context, inputs: Inputs, world: World, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        request: Request,
+        context: Context,
+        inputs: Inputs,
+        world: World,
+        reporter: Reporter,
+        suites: Sequence[Suite] = (),
+        keep: Callable[[Results], None] = lambda results: None,
+    ) -> None:
+        """`suites`: what `eval.tasks` names besides validation; `keep` is given each measurement of them."""
+        self.suites, self.keep = suites, keep
         self.request, self.context, self.inputs = request, context, inputs
         self.world, self.reporter = world, reporter
         self.config, self.run, self.data = request.loaded.config, inputs.run, inputs.data
@@ -41,7 +57,7 @@ class Composition:
             **tokenizer_document(self.config.data.tokenizer, self.data.tokenizer),
             "fingerprint": fingerprint(self.config, loader.fingerprint),
         }
-        measures = self.data.val is not None and "validation" in self.config.eval.tasks
+        measures = self._validates or bool(self.suites)
         return train(
             self.config,
             world=self.world,
@@ -59,8 +75,22 @@ class Composition:
             profile=self.inputs.profile,
         )
 
+    @property
+    def _validates(self) -> bool:
+        return self.data.val is not None and VALIDATION in self.config.eval.tasks
+
     def _evaluate(self, model: Transformer) -> dict[str, float]:
-        assert self.data.val is not None, "there is no evaluation without a validation set"
+        tags = self._validate(model) if self._validates else {}
+        if not self.suites:
+            return tags
+        results = measure_suites(model, self.data.tokenizer, self.suites, self.config, self.world, self.reporter)
+        if results is None:
+            return tags
+        self.keep(results)
+        return tags | results.tags()
+
+    def _validate(self, model: Transformer) -> dict[str, float]:
+        assert self.data.val is not None, "there is no validation without a validation set"
         batches = validation_set(
             self.data.val,
             self.config.train.seq_len,

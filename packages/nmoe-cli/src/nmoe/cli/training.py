@@ -9,6 +9,7 @@ from nmoe.cli.composition import Composition
 from nmoe.cli.console import print_line
 from nmoe.cli.context import Context
 from nmoe.cli.errors import ExitCode
+from nmoe.cli.eval_inputs import open_run_suites
 from nmoe.cli.exit_codes import exit_code_of
 from nmoe.cli.place import Place, end_with_launcher, place_of
 from nmoe.cli.ranks import train_on_ranks
@@ -75,6 +76,7 @@ def _lead(request: Request, context: Context, world: World, place: Place | None)
     run = RunFolder(context.data_root, request.run_id or new_run_id())
     inputs = open_inputs(request, run, _silent(context) if told else context, verify=not told)
     parent = inputs.parent
+    suites = open_run_suites(config.eval, context)
     resolved, env = dump_toml(request.loaded.resolved), environment()
     env["threads"]["intra_op"] = config.runtime.threads or env["threads"]["intra_op"]
     if not inputs.continues:
@@ -101,7 +103,7 @@ def _lead(request: Request, context: Context, world: World, place: Place | None)
         )
         start_from = parent.folder if parent else None
         reporter = RecordingReporter(make_reporter(console), experiments)
-        composition = Composition(request, context, inputs, world, reporter)
+        composition = Composition(request, context, inputs, world, reporter, suites, reporter.keep)
         try:
             _share(world, run, checkpoint, start_from)
             outcome = composition.train(checkpoint, start_from)
@@ -130,7 +132,9 @@ def _follow(request: Request, context: Context, world: World) -> int:
     data, loader = open_loader(request.loaded.config, context, verify=False)
     run = RunFolder(context.data_root, run_id)
     inputs = Inputs(run, True, data, loader, None, parse_profile(request.profile))  # rank 0 has made the run
-    outcome = Composition(request, context, inputs, world, NullReporter()).train(_open(checkpoint), _open(start_from))
+    suites = open_run_suites(request.loaded.config.eval, context)
+    composition = Composition(request, context, inputs, world, NullReporter(), suites)
+    outcome = composition.train(_open(checkpoint), _open(start_from))
     return 128 + (outcome.signal or 0) if outcome.status == "interrupted" else ExitCode.OK
 
 

@@ -4,10 +4,14 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
+    "Engine": "engine",
     "EvalConfig": "schema",
     "EvalError": "errors",
+    "Results": "results",
+    "Sources": "sources",
     "ValidationResult": "validation",
     "ValidationSet": "validation",
+    "evaluate": "runner",
     "validate": "validation",
 }
 __all__ = list(_EXPORTS)

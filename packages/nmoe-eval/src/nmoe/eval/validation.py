@@ -72,7 +72,7 @@ def validate(
     device = model.head.weight.device
     world = alone(device) if world is None else world
     total, scored = torch.zeros((), dtype=torch.float64), 0
-    for inputs_BS, targets_BS in _of_rank(_bounded(data.batches(), max_sequences), world):
+    for inputs_BS, targets_BS in _of_rank(bounded(data.batches(), max_sequences), world):
         documents = {}
         if data.document_starts is not None:
             documents["document_start_BS"] = torch.from_numpy(data.document_starts(inputs_BS)).to(device)
@@ -89,7 +89,8 @@ def validate(
     return ValidationResult(float(total) / scored, float(total) / math.log(2) / n_bytes, scored)
 
 
-def _bounded(batches: Iterable[Batch], max_sequences: int | None) -> Iterator[Batch]:
+def bounded(batches: Iterable[Batch], max_sequences: int | None) -> Iterator[Batch]:
+    """The first `max_sequences` sequences of the batches; None: all."""
     left = max_sequences
     for inputs_BS, targets_BS in batches:
         if left is None:

@@ -4,10 +4,12 @@ Shapes: B rows, S tokens of a row, T = B·S, Q tokens behind the trunk, H heads,
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Branches:
     """int64: the first place in the row from which on the token is not seen any more; behind the token's own."""
     trunk: int
     """The first so many tokens of every row follow one another without a branch: place and position are the same."""
+    document_start_BS: torch.Tensor | None = None
+    """int32, of the trunk's tokens: see `Transformer.hidden`; of what is behind it, every document begins at 0."""
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def attend(
@@ -45,15 +49,10 @@ class Branches:
         """
         q_BHSd, k_BHSd, v_BHSv = (self._rows(x) for x in (q_1HTd, k_1HTd, v_1HTv))
         trunk = [x[:, :, : self.trunk] for x in (q_BHSd, k_BHSd, v_BHSv)]
-        out_BHSv = attention(*trunk, scale=scale, window=window)
+        out_BHSv = attention(*trunk, scale=scale, window=window, document_start_BS=self.document_start_BS)
         if self.trunk < q_BHSd.shape[2]:
-            # PyTorch's fused kernels know one width only.
-            wide_BHSd = F.pad(v_BHSv, (0, max(0, k_BHSd.shape[-1] - v_BHSv.shape[-1])))
-            mask_B1QS = self._mask(window)[:, None]
-            behind_BHQd = F.scaled_dot_product_attention(
-                q_BHSd[:, :, self.trunk :], k_BHSd, wide_BHSd, attn_mask=mask_B1QS, scale=scale
-            )
-            out_BHSv = torch.cat((out_BHSv, behind_BHQd[..., : v_BHSv.shape[-1]]), dim=2)
+            behind_BHQv = _masked(q_BHSd[:, :, self.trunk :], k_BHSd, v_BHSv, self._mask(window)[:, None], scale)
+            out_BHSv = torch.cat((out_BHSv, behind_BHQv), dim=2)
         return out_BHSv.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2)
 
     def _rows(self, x_1HTd: torch.Tensor) -> torch.Tensor:
@@ -69,3 +68,16 @@ class Branches:
                 mask_BQS &= self.position_BS[:, self.trunk :, None] - self.position_BS[:, None] < window
             self._masks[window] = mask_BQS
         return self._masks[window]
+
+
+def _masked(
+    q_BHQd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, mask_B1QS: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """PyTorch's attention, values padded to the keys' width: its fused kernels know one width only."""
+    width = v_BHSv.shape[-1]
+    wide_BHSd = F.pad(v_BHSv, (0, max(0, k_BHSd.shape[-1] - width)))
+    # Not cuDNN, where there is a choice: it would plan each shape anew, and hardly two batches have the same.
+    choice = sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q_BHQd.is_cuda else nullcontext()
+    with choice:
+        out_BHQd = F.scaled_dot_product_attention(q_BHQd, k_BHSd, wide_BHSd, attn_mask=mask_B1QS, scale=scale)
+    return out_BHQd[..., :width]

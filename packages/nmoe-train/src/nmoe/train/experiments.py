@@ -1,11 +1,12 @@
-"""The experiments database: one row a run, in SQLite, written by many processes."""
+"""The experiments database: one row a run, and one a figure that was measured of a model, in SQLite, written by many
+processes."""
 
 import os
 import socket
 import sqlite3
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +17,12 @@ from nmoe.train.errors import ExperimentsVersionError, UnknownRunError
 EndStatus = Literal["finished", "interrupted", "failed", "diverged"]
 Status = Literal["running", "finished", "interrupted", "failed", "diverged", "killed"]
 
-_VERSION = 1
+_VERSION = 2
 _BUSY_SECONDS = 30.0
 _UNKNOWN = "alive"
 """The mark of a living process whose start cannot be seen: no Linux, or another user's."""
-_SCHEMA = """
+_SCHEMAS = (
+    """
 CREATE TABLE experiments (
     name TEXT PRIMARY KEY,
     created TEXT NOT NULL
@@ -47,7 +49,31 @@ CREATE TABLE runs (
     val_bpb REAL
 );
 CREATE INDEX runs_by_start ON runs (started);
-"""
+""",
+    """
+CREATE TABLE evaluations (
+    model TEXT NOT NULL,
+    step INTEGER,
+    task TEXT NOT NULL,
+    version TEXT NOT NULL,
+    shots INTEGER,
+    metric TEXT NOT NULL,
+    value REAL,
+    stderr REAL,
+    centered REAL,
+    examples INTEGER NOT NULL,
+    example_limit INTEGER,
+    data_sha256 TEXT NOT NULL,
+    tokenizer TEXT NOT NULL,
+    note TEXT NOT NULL,
+    measured TEXT NOT NULL
+);
+CREATE UNIQUE INDEX evaluations_by_key ON evaluations (
+    model, ifnull(step, ''), task, version, ifnull(shots, ''), metric, ifnull(example_limit, ''), data_sha256, tokenizer
+);
+""",
+)
+"""What each version adds to the one before; the first is version 1."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,38 @@ class RunRow:
     """Last validation loss, nats a token."""
     val_bpb: float | None
     """Last validation loss, bits a byte."""
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One figure of a task, as it was measured of a model."""
+
+    model: str
+    """A run's id, or the folder of an imported model."""
+    step: int | None
+    """Of the run's checkpoint; None for an imported model."""
+    task: str
+    version: str
+    """Of the task: figures of different versions are not of the same thing."""
+    shots: int | None
+    """None for figures of several tasks together."""
+    metric: str
+    value: float | None
+    """None where it was not a number."""
+    stderr: float | None
+    centered: float | None
+    examples: int
+    """Behind the figure."""
+    example_limit: int | None
+    """Asked for; None: all."""
+    data_sha256: str
+    """Of the task's data; empty for figures of several tasks together."""
+    tokenizer: str
+    """Name and fingerprint."""
+    note: str = ""
+    """Such as `partial (14/22)`."""
+    measured: datetime | None = None
+    """None until it is recorded."""
 
 
 class Experiments:
@@ -191,6 +249,32 @@ class Experiments:
                 return _to_row(row)
         raise UnknownRunError(run_id, self.path, [row.run_id for row in self.list()])
 
+    def record_evaluation(self, rows: Sequence[EvaluationRow]) -> None:
+        """Records figures, all or none. What was measured before of the same model, step, task, version, shots, data,
+        limit and tokenizer gives way. The model may be one that the database does not know.
+        """
+        now, names = _now(), [each.name for each in fields(EvaluationRow)]
+        values = [{**{name: getattr(row, name) for name in names}, "measured": now} for row in rows]
+        connection = self._open()
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(
+                f"INSERT OR REPLACE INTO evaluations ({', '.join(names)}) "
+                f"VALUES ({', '.join(f':{name}' for name in names)})",
+                values,
+            )
+
+    def evaluations(self, model: str | None = None, task: str | None = None) -> Sequence[EvaluationRow]:
+        """What was measured, in the order of its recording; of one model or one task, where named."""
+        if not self.path.exists():
+            return []
+        found = self._open().execute(
+            "SELECT * FROM evaluations WHERE ifnull(model = :model, 1) AND ifnull(task = :task, 1) ORDER BY rowid",
+            {"model": model, "task": task},
+        )
+        rows = [{key: row[key] for key in row.keys()} for row in found]  # noqa: SIM118 - as in `_to_row`
+        return [EvaluationRow(**{**row, "measured": datetime.fromisoformat(row["measured"])}) for row in rows]
+
     def close(self) -> None:
         """Closes the connection; the next call opens another."""
         if self._connection is not None:
@@ -228,14 +312,14 @@ def _connect(path: Path) -> sqlite3.Connection:
         # With the write-ahead log this survives the death of the process; a power cut may cost the last updates.
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
-        if _version(connection) == 0:
+        if _version(connection) < _VERSION:
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 # Another process may have been first while this one waited.
-                if _version(connection) == 0:
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
+                for schema in _SCHEMAS[_version(connection) :]:
+                    for statement in filter(str.strip, schema.split(";")):
                         connection.execute(statement)
-                    connection.execute(f"PRAGMA user_version = {_VERSION}")
+                connection.execute(f"PRAGMA user_version = {max(_VERSION, _version(connection))}")
         if _version(connection) > _VERSION:
             raise ExperimentsVersionError(path, _version(connection), _VERSION)
     except BaseException:

@@ -1,101 +1,107 @@
 """`n eval`: measures a checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from cyclopts import Parameter
 from nmoe.cli.context import Context, Injected
-from nmoe.cli.options import DeviceName, KernelsName, ModelName, TokenizerName
-
-if TYPE_CHECKING:
-    from nmoe.cli.open_model import OpenModel
-    from nmoe.cli.run_data import RunData
-    from nmoe.eval.validation import ValidationResult
+from nmoe.cli.options import DeviceName, KernelsName, TokenizerName
 
 
 def evaluate(
-    run: ModelName,
+    run: Annotated[str | None, Parameter(help="A run, RUN@STEP, or the folder of an imported model.")] = None,
     /,
     *,
+    tasks: Annotated[str, Parameter(help="Names with commas between, as --list has them.")] = "validation",
+    list_tasks: Annotated[bool, Parameter(name="--list", negative="", help="Say which tasks there are.")] = False,
+    limit: Annotated[int | None, Parameter(help="Of each task the first so many examples (or windows).")] = None,
     data: Annotated[
-        Path | None, Parameter(help="A prepared folder (its val/) or a shard set; the run's own if left out.")
+        Path | None,
+        Parameter(
+            help="Of validation and bpb, a prepared folder (its val/) or a shard set, the run's own if left out. Of "
+            "other tasks, the folder that holds their data: the data root if left out, and the Hugging Face hub."
+        ),
     ] = None,
+    out: Annotated[Path | None, Parameter(help="Folder for results; in the run's own if left out.")] = None,
+    allow_missing: Annotated[
+        bool, Parameter(negative="", help="Leave out tasks without data, and say that a score is partial.")
+    ] = False,
+    unsafe_exec: Annotated[
+        bool, Parameter(negative="", help="Run programs that a model wrote outside of any sandbox.")
+    ] = False,
+    max_tokens: Annotated[int | None, Parameter(help="Tokens of a forward call.")] = None,
     tokenizer: TokenizerName = None,
-    seq_len: Annotated[int | None, Parameter(help="Tokens a window; the run's own if left out.")] = None,
-    batch_size: Annotated[int, Parameter(help="Windows at once.")] = 8,
+    seq_len: Annotated[int | None, Parameter(help="Tokens that the model sees; the run's own if left out.")] = None,
+    batch_size: Annotated[int, Parameter(help="Windows at once, of validation and bpb.")] = 8,
     device: DeviceName = None,
     kernels: KernelsName = None,
     context: Injected,
 ) -> None:
-    """Measure validation loss and bits per byte, every validation token scored once.
+    """Measure a model: by default, validation loss and bits per byte, every validation token scored once.
 
-    `n runs` shows the result if it is the run's own: of its newest checkpoint, on its data, as it was trained.
+    `n runs` shows the validation loss if it is the run's own: of its newest checkpoint, on its data, as it was trained.
+    Results of other tasks are a table on screen, files on disk, and rows in the experiments database.
     """
-    from nmoe.cli.console import print_summary
     from nmoe.cli.errors import UsageError
-    from nmoe.cli.open_model import open_model
-    from nmoe.cli.run_data import open_run_data, validation_set
-    from nmoe.cli.tokenizer_name import check_same_tokenizer, model_tokenizer
-    from nmoe.data.schema import DataConfig
-    from nmoe.eval.validation import validate
 
+    if list_tasks:
+        _list(context)
+        return
+    names = list(dict.fromkeys(name for part in tasks.split(",") if (name := part.strip())))
+    if run is None:
+        raise UsageError("expected a model to measure, found none: name a run or a folder, or add --list")
+    if not names:
+        raise UsageError("expected --tasks with a name at least, found none: --list says which there are")
+    for option, value in (("--limit", limit), ("--max-tokens", max_tokens), ("--seq-len", seq_len)):
+        if value is not None and value < 1:
+            raise UsageError(f"{option}: expected 1 or more, found {value}")
+    from nmoe.cli.eval_inputs import open_suites
+    from nmoe.cli.eval_tasks import BITS_PER_BYTE
+    from nmoe.cli.open_model import open_model
+    from nmoe.eval.schema import VALIDATION
+
+    benchmarks = [name for name in names if name not in (VALIDATION, BITS_PER_BYTE)]
+    if data is not None and 0 < len(benchmarks) < len(names):
+        raise UsageError(
+            "--data is either a text, for validation and bpb, or other tasks' data: call n eval once for each"
+        )
+    suites = open_suites(benchmarks, data, context, allow_missing=allow_missing, unsafe_exec=unsafe_exec)
     opened = open_model(run, context, device, kernels)
-    config = opened.config
-    if data is not None:
-        model_tokenizer(opened.folder, tokenizer)  # refuses to go without one
-        name = tokenizer if tokenizer is not None else opened.folder.document("tokenizer")["name"]
-        nested = (data / "val").is_dir()
-        section = DataConfig(tokenizer=name, path=data, val_path=None if nested else data)
-    elif config is not None:
-        section = config.data
-    else:
-        raise UsageError(f"{run} is no run and names no data: add --data DIR (n data prep makes one)")
-    length = seq_len or (config.train.seq_len if config else None)
+    length = seq_len or (opened.config.train.seq_len if opened.config else None)
     if length is None:
         raise UsageError(f"{run} is no run and names no sequence length: add --seq-len")
-    tokens = open_run_data(section, opened.model.config.vocab_size, length, context)
-    check_same_tokenizer(opened.folder, tokens.tokenizer)
-    if tokens.val is None:
-        raise UsageError("the run's data has no validation set: add --data DIR")
-    masking = config is not None and config.data.document_masking
-    result = validate(opened.model, validation_set(tokens.val, length, batch_size, document_masking=masking))
-    rows = [
-        ("model", str(opened.located.folder)),
-        ("data", f"{tokens.val}, {result.n_tokens:,} tokens in windows of {length}"),
-        ("val/loss", f"{result.loss:.4f} nats a token"),
-        ("val/bpb", f"{result.bpb:.4f} bits a byte"),
-    ]
-    gzip = tokens.val.gzip_bits_per_byte
-    if gzip is not None:
-        rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the same text"))
-    print_summary(context.console, f"Evaluation of {run}", rows)
-    if data is None and seq_len in (None, config.train.seq_len if config else None):
-        _record(opened, tokens, result, context)
+    if VALIDATION in names:
+        from nmoe.cli.eval_validation import show_validation
 
-
-def _record(opened: "OpenModel", tokens: "RunData", result: "ValidationResult", context: Context) -> None:
-    """Puts the result in the database, if it is what the run itself would measure of its last state."""
-    import sqlite3
-
+        show_validation(run, opened, context, data, tokenizer, length, batch_size, limit)
+    measured = [name for name in names if name != VALIDATION]
+    if not measured:
+        return
     from nmoe.cli.console import print_line
-    from nmoe.train.checkpointer import newest_complete
-    from nmoe.train.errors import TrainError
-    from nmoe.train.experiments import Experiments
-    from nmoe.train.run_folder import RunFolder
+    from nmoe.cli.eval_report import record, results_folder, show
+    from nmoe.cli.eval_tasks import measure_tasks, measure_text, recorded_name
 
-    run, config = opened.located.run, opened.config
-    if run is None or config is None or not opened.as_trained or config.eval.max_sequences is not None:
-        return
-    if run.path.resolve() != RunFolder(context.data_root, run.run_id).path.resolve():
-        return
-    newest = newest_complete(run.checkpoints)
-    if newest is None or newest.resolve() != opened.located.folder.resolve():
-        return
-    if opened.folder.document("identity").get("data") != tokens.fingerprint:
-        return  # what stands at the data's path is not what the run was trained on
-    try:
-        with Experiments(context.data_root / "experiments.db") as experiments:
-            experiments.get(run.run_id)  # makes no database where there is none
-            experiments.update(run.run_id, val_loss=result.loss, val_bpb=result.bpb)
-    except (TrainError, sqlite3.Error, OSError) as error:
-        print_line(context.error_console, f"The result stands, and `n runs` will not show it: {error}")
+    wants_text = BITS_PER_BYTE in names
+    text = measure_text(opened, context, data, tokenizer, length, batch_size, limit) if wants_text else []
+    results = measure_tasks(opened, context, suites, tokenizer, length, max_tokens, limit, text)
+    located = opened.located
+    parent = located.folder if located.run is None else located.run.path
+    folder = out if out is not None else results_folder(parent, located.step, measured, limit)
+    show(context.console, results)
+    results.write(folder)
+    print_line(context.console, f"Results are in {folder}")
+    record(results, recorded_name(opened, context), located.step, context)
+
+
+def _list(context: Context) -> None:
+    from nmoe.cli.console import print_table
+    from nmoe.cli.eval_tasks import BITS_PER_BYTE
+    from nmoe.eval.registry import entries
+    from nmoe.eval.schema import VALIDATION
+
+    rows = [
+        (VALIDATION, "", "", "loss and bits a byte of the run's validation set, end-of-text tokens included"),
+        (BITS_PER_BYTE, "1", "", "bits a byte of any shard set, whatever its tokenizer"),
+    ]
+    rows += [(entry.name, entry.version, entry.shots, entry.about) for entry in entries().values()]
+    print_table(context.console, ("task", "version", "shots", "what it is"), rows)

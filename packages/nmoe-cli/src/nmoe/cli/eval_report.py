@@ -1,0 +1,79 @@
+"""What an evaluation found: on screen, on disk, in the experiments database."""
+
+import hashlib
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from nmoe.cli.console import print_line, print_table
+from nmoe.cli.context import Context
+from nmoe.eval.results import Results, Row
+from nmoe.train.errors import TrainError
+from nmoe.train.experiments import EvaluationRow, Experiments
+from rich.console import Console
+
+_HEADER = ("task", "version", "shots", "metric", "value", "centered", "examples", "note")
+
+
+def show(console: Console, results: Results) -> None:
+    """The table, and what a reader of it must know."""
+    rows = [_cells(row) for row in results.rows()]
+    shown = [place for place in range(len(_HEADER)) if any(cells[place] for cells in rows)]
+    print_table(console, [_HEADER[place] for place in shown], [[cells[place] for place in shown] for cells in rows])
+    for warning in results.warnings:
+        print_line(console, f"Note: {warning}")
+
+
+def results_folder(parent: Path, step: int | None, names: Sequence[str], limit: int | None) -> Path:
+    """Where results go by default: what was asked for names the folder, so that asking again writes the same files, and
+    asking for something else leaves them.
+
+    Args:
+        parent: the run's folder, or an imported model's.
+        step: of the checkpoint.
+        names: of the tasks.
+        limit: examples of each.
+    """
+    asked = "+".join(names).replace("/", ".").replace(":", "-")
+    if len(asked) > 100:  # a folder's name has a longest length
+        asked = f"{asked[:80]}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+    folder = parent / "eval" if step is None else parent / "eval" / f"step_{step:08d}"
+    return folder / (asked if limit is None else f"{asked}-first-{limit}")
+
+
+def evaluation_rows(results: Results, model: str, step: int | None) -> list[EvaluationRow]:
+    """The table as the experiments database keeps it. Figures of several tasks together carry a digest of these tasks'
+    data."""
+    found = [
+        _kept(row, results, model, step, task.data_sha256, task.limit) for task in results.tasks for row in task.rows()
+    ]
+    for row in results.summaries:
+        parts = [task for task in results.tasks if task.task.startswith(f"{row.task}/")]
+        digest = hashlib.sha256("".join(task.data_sha256 for task in parts).encode()).hexdigest()
+        found.append(_kept(row, results, model, step, digest, parts[0].limit if parts else None))
+    return found
+
+
+def record(results: Results, model: str, step: int | None, context: Context) -> None:
+    """Puts the table into the experiments database; where that fails, says so, and the results stand."""
+    try:
+        with Experiments(context.data_root / "experiments.db") as experiments:
+            experiments.record_evaluation(evaluation_rows(results, model, step))
+    except (TrainError, sqlite3.Error, OSError) as error:
+        print_line(context.error_console, f"The results stand, and the experiments database lacks them: {error}")
+
+
+def _kept(
+    row: Row, results: Results, model: str, step: int | None, data_sha256: str, limit: int | None
+) -> EvaluationRow:
+    return EvaluationRow(
+        model, step, row.task, row.version, row.shots, row.metric, row.value, row.stderr, row.centered, row.n, limit,
+        data_sha256, results.tokenizer, row.note,
+    )  # fmt: skip
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    value = f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}")
+    centered = "" if row.centered is None else f"{row.centered:.4f}"
+    shots = "" if row.shots is None else str(row.shots)
+    return (row.task, row.version, shots, row.metric, value, centered, str(row.n), row.note)
