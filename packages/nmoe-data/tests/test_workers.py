@@ -160,3 +160,15 @@ def test_what_was_not_committed_is_forgotten(tmp_path):
     # Committed, and yet beyond what the state on disk speaks of.
     with SeenDocuments(tmp_path / "seen.db", 2) as seen:
         assert seen.first_times(digest(1, 2, 3, 4)).tolist() == [False, False, True, True]
+
+
+def test_a_commit_that_was_interrupted_half_way_is_made_again(tmp_path):
+    """Ctrl-C between the end of a transaction and the next one's beginning: the state is then saved once more."""
+    with SeenDocuments(tmp_path / "seen.db", 0) as seen:
+        assert seen.first_times(bytes(range(32))).all()
+        seen._connection.execute("COMMIT")
+        seen.commit()
+        assert not seen.first_times(bytes(range(32))).any()
+        seen.commit()
+    with SeenDocuments(tmp_path / "seen.db", 2) as seen:
+        assert not seen.first_times(bytes(range(16))).any()

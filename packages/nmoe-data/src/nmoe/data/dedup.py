@@ -66,7 +66,8 @@ class SeenDocuments:
     def commit(self) -> None:
         """Make what is known durable."""
         with self._told():
-            self._connection.execute("COMMIT")
+            if self._connection.in_transaction:  # Ctrl-C may have come between these two, and ends with a commit
+                self._connection.execute("COMMIT")
             self._connection.execute("BEGIN")
 
     @contextmanager
