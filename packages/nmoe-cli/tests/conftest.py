@@ -60,10 +60,16 @@ class Outcome:
 
 
 @pytest.fixture
-def n(tmp_path: Path) -> Callable[..., Outcome]:
+def data_root(tmp_path: Path) -> Path:
+    """Where the fixture `n` keeps runs."""
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def n(data_root: Path) -> Callable[..., Outcome]:
     def call(*arguments: object) -> Outcome:
         out, err = io.StringIO(), io.StringIO()
-        context = Context(tmp_path / "root", {}, make_console(out), make_console(err))
+        context = Context(data_root, {}, make_console(out), make_console(err))
         code = run([str(argument) for argument in arguments], context)
         return Outcome(code, out.getvalue(), err.getvalue())
 
@@ -83,3 +89,15 @@ def config_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def prepared(n: Callable[..., Outcome], tmp_path: Path) -> Path:
+    """Three short documents as bytes, one of them for validation."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("a", "b", "c"):
+        (text / f"{name}.txt").write_text(f"{name}: the quick brown fox jumps over the lazy dog, ä. " * 40)
+    output = tmp_path / "tokens"
+    assert n("data", "prep", text, "--output", output).code == 0
+    return output

@@ -32,23 +32,6 @@ COPA = [
 
 
 @pytest.fixture
-def data_root(tmp_path):
-    """Where the fixture `n` keeps runs."""
-    return tmp_path / "root"
-
-
-@pytest.fixture
-def prepared(n, tmp_path):
-    text = tmp_path / "text"
-    text.mkdir()
-    for name in ("a", "b", "c"):
-        (text / f"{name}.txt").write_text(f"{name}: the quick brown fox jumps over the lazy dog, ä. " * 40)
-    output = tmp_path / "tokens"
-    assert n("data", "prep", text, "--output", output).code == 0
-    return output
-
-
-@pytest.fixture
 def train(n, config_file, prepared):
     """Trains the small configuration; returns what `n train` did."""
     path = config_file()

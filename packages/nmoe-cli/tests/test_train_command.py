@@ -25,12 +25,6 @@ def small(config_file):
 
 
 @pytest.fixture
-def data_root(tmp_path):
-    """Where the fixture `n` keeps runs."""
-    return tmp_path / "root"
-
-
-@pytest.fixture
 def prepared(n, corpus, tmp_path):
     output = tmp_path / "tokens"
     assert n("data", "prep", str(corpus), "--output", str(output)).code == 0

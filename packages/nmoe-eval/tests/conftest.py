@@ -67,6 +67,17 @@ def small_model():
     return make
 
 
+@pytest.fixture(scope="module")
+def model():
+    """Plain attention and experts, in fp64; ids up to 20."""
+    config = ModelConfig(
+        vocab_size=21, dim=16, n_layers=2, n_heads=2, init_std=0.3, attn="sdpa", head_dim=8,
+        inter_dim=24, moe_inter_dim=8, n_routed_experts=4, n_activated_experts=2,
+    )  # fmt: skip
+    ops = select_ops("reference", "cpu")
+    return Transformer.build(config, ops, LocalTransport(), device="cpu", dtype=torch.float64, seed=1).eval()
+
+
 @pytest.fixture
 def write_jsonl():
     """`write_jsonl(path, rows)`: a line a row; text is written as it is."""

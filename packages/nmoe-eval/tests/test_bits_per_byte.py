@@ -9,26 +9,12 @@ import torch.nn.functional as F
 from nmoe.eval.bits_per_byte import bits_per_byte
 from nmoe.eval.errors import EmptyValidationError
 from nmoe.eval.validation import ValidationSet
-from nmoe.kernels.ops import select_ops
-from nmoe.model.schema import ModelConfig
-from nmoe.model.transformer import Transformer
-from nmoe.rdep.transport import LocalTransport
 from nmoe.rdep.world import World
 
 LENGTH, EOS = 8, 20
 TOKENS = np.random.default_rng(0).integers(0, EOS + 1, 45)
 TOKENS[[5, 17, 40]] = EOS
 BYTES = np.array([*np.random.default_rng(1).integers(1, 6, EOS), 0])
-
-
-@pytest.fixture(scope="module")
-def model():
-    config = ModelConfig(
-        vocab_size=21, dim=16, n_layers=2, n_heads=2, init_std=0.3, attn="sdpa", head_dim=8,
-        inter_dim=24, moe_inter_dim=8, n_routed_experts=4, n_activated_experts=2,
-    )  # fmt: skip
-    ops = select_ops("reference", "cpu")
-    return Transformer.build(config, ops, LocalTransport(), device="cpu", dtype=torch.float64, seed=1).eval()
 
 
 def windows():

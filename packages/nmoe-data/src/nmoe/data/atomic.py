@@ -11,6 +11,9 @@ from pathlib import Path
 
 from nmoe.data.errors import OutputExistsError, WriteError
 
+DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
+"""Of a disk that refuses to be written to."""
+
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
@@ -20,7 +23,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     output. Raises OutputExistsError if `output` exists, before or after the block, and WriteError for a full disk.
     """
     if os.path.lexists(output):
-        raise _exists(output)
+        raise exists_error(output)
     prefix = f".{output.name}.tmp-{platform.node()}-"
     building = output.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -34,8 +37,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR) and os.path.lexists(output):
-            raise _exists(output) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise exists_error(output) from error
+        if error.errno in DISK_ERRORS:
             raise WriteError(
                 str(output),
                 expected="a folder that can be written",
@@ -86,7 +89,8 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _exists(output: Path) -> OutputExistsError:
+def exists_error(output: Path) -> OutputExistsError:
+    """The error about an output that is there already."""
     return OutputExistsError(
         str(output),
         expected="a name that is still free",

@@ -1,6 +1,5 @@
 """Unfinished prep on disk: `<output>.partial`, where work goes on after any interruption."""
 
-import errno
 import fcntl
 import json
 import os
@@ -10,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nmoe.data.atomic import sync_folder, write_file
-from nmoe.data.errors import OutputExistsError, PrepRunningError, PrepStateError, WriteError
+from nmoe.data.atomic import DISK_ERRORS, exists_error, sync_folder, write_file
+from nmoe.data.errors import PrepRunningError, PrepStateError, WriteError
 
 _VERSION = 1
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
 class Partial:
@@ -108,7 +106,7 @@ def partial_folder(output: Path) -> Iterator[Partial]:
             str(output), expected="a name below folders", found=str(error), remedy="Choose another output."
         ) from error
     except OSError as error:
-        if error.errno in _DISK_ERRORS:
+        if error.errno in DISK_ERRORS:
             raise WriteError(
                 str(output),
                 expected="a folder that can be written",
@@ -147,13 +145,3 @@ def _is_same(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
-
-
-def exists_error(output: Path) -> OutputExistsError:
-    """The error about an output that is there already."""
-    return OutputExistsError(
-        str(output),
-        expected="a name that is still free",
-        found="something there already",
-        remedy="Remove it or choose another output; nothing is overwritten.",
-    )

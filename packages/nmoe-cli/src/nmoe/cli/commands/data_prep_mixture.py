@@ -39,7 +39,7 @@ def prep_mixture(
     """
     from nmoe.cli.mixtures import load_mixture, prepared_tokens, source_folder
     from nmoe.cli.plan_report import SOURCES_HEADER, source_rows
-    from nmoe.cli.progress import prep_progress
+    from nmoe.cli.progress import notice_printer, prep_progress
     from nmoe.cli.units import format_count
     from nmoe.data.mixture import read_budgets
     from nmoe.data.plan import Plan, make_plan
@@ -50,9 +50,7 @@ def prep_mixture(
     from nmoe.data.tokenizers import load_tokenizer
     from nmoe.data.workers import default_workers
 
-    def notice(text: str) -> None:
-        print_line(context.error_console, text)
-
+    notice = notice_printer(context.console, context.error_console)
     if stage is not None and flow is None:
         raise UsageError("--stage needs --flow, which says how long the stages are")
     loaded, content = load_tokenizer(tokenizer), load_mixture(mixture, context.environ)
