@@ -30,7 +30,7 @@ def start(tmp_path: Path, *words: object) -> subprocess.Popen[str]:
 def test_a_configuration_is_run_and_summed_up(small, tmp_path):
     output = tmp_path / "result.json"
     process = start(
-        tmp_path, small, "--steps", "6", "--last", "3", "--set", "train.recompute_layers=all", "--output", output
+        tmp_path, small, "--steps", "6", "--last", "3", "--set", "train.micro_batch_size=2", "--output", output
     )
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -48,7 +48,7 @@ def test_a_configuration_is_run_and_summed_up(small, tmp_path):
     assert (result["steps"], result["medians_over_last_steps"]) == (6, 3)
     assert result["train/loss"] == {str(row["step"]): row["value"] for row in rows if row["tag"] == "train/loss"}
     assert result["config"]["train"]["steps"] == 6
-    assert result["config"]["train"]["recompute_layers"] == "all"
+    assert result["config"]["train"]["micro_batch_size"] == 2
     assert result["config"]["runtime"]["kernels"] == "reference"
     assert result["command"].startswith("n train ")
     assert str(tmp_path) not in output.read_text()

@@ -60,7 +60,7 @@ def test_a_cpu_run_is_compared_with_this_machine(config_file):
 
 
 def test_what_does_not_fit_is_said_for_each_known_gpu():
-    _, _, table = dry_run(CONFIGS / "moonlet.toml", "model.n_layers=200")
+    _, _, table = dry_run(CONFIGS / "moonlet.toml", "model.n_layers=100")
     gpus = [line for line in table.splitlines() if line.startswith("NVIDIA")]
     assert gpus
     assert all("too small by" in line for line in gpus)

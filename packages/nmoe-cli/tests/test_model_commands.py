@@ -5,8 +5,14 @@ import re
 import shutil
 
 import pytest
-from nmoe.cli import run_data
+from nmoe.cli import composition, run_data
 from nmoe.train.experiments import Experiments
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    """What a model writes after its training would take longer than its training."""
+    monkeypatch.setattr(composition, "SAMPLE_TOKENS", 8)
 
 
 @pytest.fixture

@@ -5,9 +5,16 @@ import re
 import shutil
 
 import pytest
+from nmoe.cli import composition
 from nmoe.train.experiments import Experiments
 
 FAST = ["--set", "train.steps=4", "--set", "runtime.threads=1"]
+
+
+@pytest.fixture(autouse=True)
+def _short_samples(monkeypatch):
+    """What a model writes after its training would take longer than its training."""
+    monkeypatch.setattr(composition, "SAMPLE_TOKENS", 8)
 
 
 @pytest.fixture(scope="module")

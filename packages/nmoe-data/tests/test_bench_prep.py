@@ -1,8 +1,10 @@
 import json
 
+import pytest
 from nmoe.data.bench.prep import main
 
 
+@pytest.mark.parametrize("released", ["gpt2"], indirect=True)
 def test_the_bench_measures_and_tells(tmp_path, released, monkeypatch):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"document {i} of some words " * 40}) + "\n" for i in range(30))

@@ -1,5 +1,5 @@
 """What the kernel tests share: one thread, a fixed seed, a tier, a GPU, CUDA graphs, recorders of what an op allocates
-and of how a kernel is launched, and Triton's interpreter."""
+and of how a kernel is launched, kernels compiled ahead, and Triton's interpreter."""
 
 import os
 import subprocess
@@ -14,6 +14,8 @@ import pytest
 import torch
 from nmoe.kernels.arch import NATIVE_ARCHES, detect_arch
 from nmoe.kernels.ops import Ops, select_ops
+from nmoe.kernels.runtime.cache import KernelCache
+from nmoe.kernels.runtime.triton_aot import TritonCompiled, TritonKernel, compile_triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -135,19 +137,57 @@ def launches_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, str], 
     return replace
 
 
+class Ahead:
+    """Kernels compiled ahead. One that several tests ask for is compiled once: the caches' keys are all that the code
+    depends on, compilers included."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cuda = KernelCache(folder / "cuda")
+        self._triton = folder / "triton"
+
+    def triton(self, kernel: TritonKernel, arch: str) -> TritonCompiled:
+        return compile_triton(kernel, arch, self._triton)
+
+    def ptx(self, kernel: TritonKernel, compiled: TritonCompiled) -> str:
+        """What the cubin was made of."""
+        for cubin in self._triton.glob(f"*/{kernel.function}.cubin"):
+            if cubin.read_bytes() == compiled.cubin:
+                return cubin.with_suffix(".ptx").read_text()
+        raise FileNotFoundError(f"PTX of {kernel.name} in {self._triton}")
+
+
+@pytest.fixture(scope="session")
+def ahead(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ahead:
+    """All processes of a run share its folder, and so do the runs to come, while pytest has a cache."""
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    return Ahead(tmp_path_factory.mktemp("ahead") if cache is None else cache.mkdir("kernels"))
+
+
 Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="session")
-def interpret(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, dict[str, Arrays]], Arrays]:
+def interpret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, dict[str, Arrays]], Arrays]]:
     """Runs cases by one of the `*_interpreted.py`, in a process of its own; returns results by `<case>/<name>`."""
+    folder = Path(__file__).parent
+    server = subprocess.Popen(
+        [sys.executable, str(folder / "interpreted.py")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def run(script: str, cases: dict[str, Arrays]) -> Arrays:
-        folder = tmp_path_factory.mktemp("interpreted")
-        given, results = folder / "cases.npz", folder / "results.npz"
+        assert server.stdin is not None
+        assert server.stdout is not None
+        own = tmp_path_factory.mktemp("interpreted")
+        given, results, log = (own / name for name in ("cases.npz", "results.npz", "log"))
         np.savez(given, **{f"{case}/{name}": array for case, arrays in cases.items() for name, array in arrays.items()})
-        command = [sys.executable, str(Path(__file__).with_name(script)), str(given), str(results)]
-        subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+        print(folder / script, given, results, log, sep="\t", file=server.stdin, flush=True)
+        code = server.stdout.readline()
+        assert code == "0\n", log.read_text()
         return dict(np.load(results, allow_pickle=False))
 
-    return run
+    yield run
+    server.communicate()  # whose input ends

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nmoe.kernels.compile import main
@@ -29,17 +30,12 @@ extern "C" __global__ void __launch_bounds__(1024) spills(float* x) {
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
-    return KernelCache(tmp_path_factory.mktemp("kernels"))
-
-
 @pytest.mark.parametrize(
     ("source", "arch"),
     [pytest.param(s, arch, id=f"{s.name}-{arch}") for s in cuda_sources() for arch in s.arches],
 )
-def test_every_cuda_kernel_compiles_without_spills(source: CudaSource, arch: str, cache: KernelCache) -> None:
-    found = cache.get(source, arch).resources
+def test_every_cuda_kernel_compiles_without_spills(source: CudaSource, arch: str, ahead: Any) -> None:
+    found = ahead.cuda.get(source, arch).resources
     assert found.name == source.entry
     assert 8 <= found.registers <= 255
     assert not found.spills, found
@@ -49,8 +45,8 @@ def test_every_cuda_kernel_compiles_without_spills(source: CudaSource, arch: str
     ("kernel", "arch"),
     [pytest.param(k, arch, id=f"{k.name}-{arch}") for k in triton_kernels() for arch in k.arches],
 )
-def test_every_triton_kernel_compiles_without_spills(kernel: TritonKernel, arch: str, tmp_path: Path) -> None:
-    compiled = compile_triton(kernel, arch, tmp_path)
+def test_every_triton_kernel_compiles_without_spills(kernel: TritonKernel, arch: str, ahead: Any) -> None:
+    compiled = ahead.triton(kernel, arch)
     assert compiled.resources.name == kernel.function
     assert 16 <= compiled.resources.registers <= 255
     assert not compiled.resources.spills

@@ -1,12 +1,10 @@
 """The CUDA `score_rows`: how rows are split, what is refused and what goes to Triton; on a GPU, against float64."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nmoe.kernels.errors import ShapeError
-from nmoe.kernels.runtime.cache import KernelCache
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -45,10 +43,10 @@ def test_other_rows_are_not(vocab: int) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-def test_the_largest_slice_and_the_threads_have_room(source: CudaSource, arch: str, tmp_path: Path) -> None:
+def test_the_largest_slice_and_the_threads_have_room(source: CudaSource, arch: str, ahead: Any) -> None:
     """228 KiB of a multiprocessor, with the 1 KiB that a block costs by itself; two blocks where slices are small."""
     defines = dict(source.defines)
-    found = KernelCache(tmp_path).get(source, arch).resources
+    found = ahead.cuda.get(source, arch).resources
     assert not found.spills
     assert found.shared_bytes + defines["MOST_QUADS"] * 16 <= 228 << 10
     assert found.registers * 1024 <= 1 << 16

@@ -3,7 +3,6 @@ at hand, there also as part of `linear_cross_entropy`."""
 
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,16 +160,13 @@ def catalog() -> list[Any]:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
 @pytest.mark.parametrize("kernel", catalog(), ids=lambda kernel: kernel.name)
-def test_compiles_to_wide_copies(kernel: Any, arch: str, tmp_path: Path) -> None:
+def test_compiles_to_wide_copies(kernel: Any, arch: str, ahead: Any) -> None:
     """16 bytes a load and a store; the second pass is there only for a gradient; 32 warps find room beside each other,
     so that enough loads are in flight."""
-    from nmoe.kernels.runtime.triton_aot import compile_triton
-
-    compiled = compile_triton(kernel, arch, tmp_path)
+    compiled = ahead.triton(kernel, arch)
     assert not compiled.resources.spills
     assert compiled.resources.registers <= 80, "three programs of 8 warps at least"
-    (ptx,) = tmp_path.rglob("*.ptx")
-    text = ptx.read_text()
+    text = ahead.ptx(kernel, compiled)
     assert f".target {arch}" in text
     with_grad = dict(kernel.constants)["WITH_GRAD"]
     assert len(re.findall(r"ld\.global\S*\.v4\.b32", text)) == (8 if with_grad else 4), "4096 elements over 256 threads"

@@ -5,7 +5,6 @@ float64's, whatever the order of the sum. Random reals are compared on the GPU, 
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -207,16 +206,13 @@ def catalog() -> list[Any]:
 
 
 @pytest.mark.parametrize("kernel", catalog(), ids=lambda kernel: kernel.name)
-def test_compiles_without_local_memory(kernel: Any, tmp_path: Path) -> None:
+def test_compiles_without_local_memory(kernel: Any, ahead: Any) -> None:
     """With the tensor cores of the arch, fed by asynchronous copies of 16 bytes, in the arch's shared memory."""
-    from nmoe.kernels.runtime.triton_aot import compile_triton
-
     (arch,) = kernel.arches
-    compiled = compile_triton(kernel, arch, tmp_path)
+    compiled = ahead.triton(kernel, arch)
     assert not compiled.resources.spills
     assert compiled.resources.shared_bytes <= 227 << 10
-    (ptx,) = tmp_path.rglob("*.ptx")
-    text = ptx.read_text()
+    text = ahead.ptx(kernel, compiled)
     assert f".target {arch}" in text
     assert ("wgmma.mma_async" in text) == (arch == "sm_90a")
     assert ("tcgen05.mma" in text) == (arch == "sm_100a")

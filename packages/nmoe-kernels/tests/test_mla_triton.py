@@ -2,7 +2,6 @@
 Blackwell; on one, against float64 too (`-m gpu`)."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,14 +205,11 @@ def catalog() -> list[Any]:
 
 
 @pytest.mark.parametrize(("kernel", "arch"), catalog())
-def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, tmp_path: Path) -> None:
+def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, ahead: Any) -> None:
     """No other loads from memory, no fused multiply-add, and forward nothing between threads."""
-    from nmoe.kernels.runtime.triton_aot import compile_triton
-
-    compiled = compile_triton(kernel, arch, tmp_path)
+    compiled = ahead.triton(kernel, arch)
     assert not compiled.resources.spills
-    (ptx,) = tmp_path.rglob("*.ptx")
-    text = ptx.read_text()
+    text = ahead.ptx(kernel, compiled)
     assert f".target {arch}" in text
     assert text.count("ld.global") == text.count("ld.global.v4.b32") >= 8
     assert text.count("st.global.v4.b32") >= 6

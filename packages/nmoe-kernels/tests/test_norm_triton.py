@@ -1,6 +1,5 @@
 """The Triton RMSNorm's kernels: what is compiled ahead, and to what."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,14 +47,11 @@ def catalog() -> list[Any]:
 
 
 @pytest.mark.parametrize(("kernel", "arch"), catalog())
-def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, tmp_path: Path) -> None:
+def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, ahead: Any) -> None:
     """Of all rows, and no fused multiply-add."""
-    from nmoe.kernels.runtime.triton_aot import compile_triton
-
-    compiled = compile_triton(kernel, arch, tmp_path)
+    compiled = ahead.triton(kernel, arch)
     assert not compiled.resources.spills
-    (ptx,) = tmp_path.rglob("*.ptx")
-    text = ptx.read_text()
+    text = ahead.ptx(kernel, compiled)
     constants = dict(kernel.constants)
     backward = kernel.function == "_norm_backward_kernel"
     tensors = (2 if backward else 1) + constants["ADD"]

@@ -2,7 +2,6 @@
 Hopper and Blackwell; on one, against float64 too (`-m gpu`)."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,16 +231,14 @@ def catalog() -> list[Any]:
 
 
 @pytest.mark.parametrize(("kernel", "arch"), catalog())
-def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, tmp_path: Path) -> None:
+def test_compiles_to_loads_of_16_bytes(kernel: Any, arch: str, ahead: Any) -> None:
     """Of all heads and tables; no fused multiply-add; and of the backward no more registers than let all programs be
     there at once."""
     from nmoe.kernels.native.qkv_triton import _PROGRAMS
-    from nmoe.kernels.runtime.triton_aot import compile_triton
 
-    compiled = compile_triton(kernel, arch, tmp_path)
+    compiled = ahead.triton(kernel, arch)
     assert not compiled.resources.spills
-    (ptx,) = tmp_path.rglob("*.ptx")
-    text = ptx.read_text()
+    text = ahead.ptx(kernel, compiled)
     backward, norm = kernel.function == "_qkv_heads_backward_kernel", dict(kernel.constants)["NORM"]
     loads = 2 * 2 + 4 if not backward else (5 if norm else 3) + 2
     assert text.count("ld.global.v4.b32") == loads, "of each tensor, and of both tables"

@@ -6,7 +6,6 @@ then float64's, rounded once. Random reals are compared on the GPU, with bounds.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 from nmoe.kernels import router
 from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.runtime.catalog import triton_kernels
-from nmoe.kernels.runtime.triton_aot import compile_triton
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from nmoe.kernels.native import router_triton
@@ -81,16 +79,15 @@ def test_the_oracle_tells_mistakes_apart(interpreted: dict[str, np.ndarray], mis
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_compiles_for_two_programs_a_multiprocessor(arch: str, tmp_path: Path) -> None:
+def test_compiles_for_two_programs_a_multiprocessor(arch: str, ahead: Any) -> None:
     """Half of its registers and shared memory each, nothing in local memory; the arch's tensor cores; and 16 bytes in
     every access."""
     (kernel,) = router_triton.TRITON_KERNELS
-    compiled = compile_triton(kernel, arch, tmp_path)
+    compiled = ahead.triton(kernel, arch)
     assert not compiled.resources.spills
     assert compiled.resources.registers <= 128
     assert 2 * compiled.resources.shared_bytes <= 227 << 10
-    (ptx,) = tmp_path.rglob("*.ptx")
-    text = ptx.read_text()
+    text = ahead.ptx(kernel, compiled)
     assert ("wgmma.mma_async" in text) == (arch == "sm_90a")
     assert ("tcgen05.mma" in text) == (arch == "sm_100a")
     assert "mma.sync" not in text

@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference import mla as reference_mla
 from nmoe.kernels.reference import rope as reference_rope
@@ -25,9 +26,6 @@ from nmoe.model.schema import ModelConfig, YarnConfig
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import LocalTransport
 from safetensors.torch import load_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers.modeling_layers import MtpModel
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
@@ -126,7 +124,7 @@ def export(model, output, **options):
 
 
 def load_theirs(folder, dtype=torch.float32):
-    return DeepseekV3ForCausalLM.from_pretrained(
+    return transformers.DeepseekV3ForCausalLM.from_pretrained(
         folder, attn_implementation="eager", experts_implementation="eager", dtype=dtype, local_files_only=True
     ).eval()
 
@@ -315,11 +313,13 @@ def test_mutation_is_seen(name, everything, monkeypatch):
 @pytest.mark.parametrize("theta", [1e4, 5e4])
 def test_frequencies_are_bitwise_those_of_the_released_models(theta):
     """One rounding apart would be 0.01 rad at position 100 000."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
+
     scaling = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0}
     scaling |= {"mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}
     plain, extended = (
         DeepseekV3RotaryEmbedding(
-            DeepseekV3Config(rope_theta=theta, rope_scaling=rope_scaling, max_position_embeddings=163840)
+            transformers.DeepseekV3Config(rope_theta=theta, rope_scaling=rope_scaling, max_position_embeddings=163840)
         ).inv_freq
         for rope_scaling in (None, scaling)
     )
@@ -360,6 +360,8 @@ def test_greedy_generation_token_equal(name, tmp_path):
 @torch.no_grad()
 def test_mtp_states_equal_transformers(everything):
     """The exported modules, run by transformers on its own trunk: equations 21 and 22 at both depths."""
+    from transformers.modeling_layers import MtpModel
+
     model, theirs, token_BS = everything.model, everything.theirs, everything.token_BS
     first = model.config.n_layers
     # transformers knows the MTP tensors of the 61 layers that were released; ours begin at another layer.
@@ -426,7 +428,7 @@ def test_import_of_what_transformers_saves_again(everything, tmp_path):
 @pytest.mark.parametrize("n_shared_experts", [1, 0])
 def test_import_of_a_model_that_transformers_made(n_shared_experts, tmp_path):
     rope = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 10}
-    config = DeepseekV3Config(
+    config = transformers.DeepseekV3Config(
         **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "moe_intermediate_size": 12},
         **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
         **{"n_routed_experts": 8, "n_shared_experts": n_shared_experts, "num_experts_per_tok": 3},
@@ -437,7 +439,7 @@ def test_import_of_a_model_that_transformers_made(n_shared_experts, tmp_path):
         experts_implementation="eager",
     )
     torch.manual_seed(5)
-    theirs = DeepseekV3ForCausalLM(config).eval()
+    theirs = transformers.DeepseekV3ForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "saved")
     ours, tensors = import_hf(tmp_path / "saved")
     assert (ours.n_shared_experts, ours.mtp_depth) == (n_shared_experts, 0)

@@ -1,15 +1,19 @@
 """Ranks of a world as processes of their own: started by a test (`run_ranks`), joined by the script of each (`join`).
 
-Test modules get this module as the fixture `ranks`; a rank's script, which lies beside it, imports it.
+Test modules get this module as the fixture `ranks`; a rank's script, which lies beside it, imports it. As a program it
+forks ranks on CPUs, which have their imports from it: ranks.py FOLDER SIZE SCRIPT ARGUMENT…
 """
 
 import os
+import runpy
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,9 +32,9 @@ class Ranks:
         self._folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         command = [sys.executable, str(FOLDER / script), *map(str, args)]
-        common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common = environment_of(size)
         for rank in range(size):
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            environment = common | place_of(rank)
             with open(folder / f"{rank}.out", "wb") as out, open(folder / f"{rank}.err", "wb") as err:
                 self.processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=err))
 
@@ -78,14 +82,74 @@ def start_ranks(script: str | Path, size: int, *args: Any) -> Iterator[Ranks]:
 
 
 def run_ranks(script: str | Path, size: int, *args: Any, timeout_s: float = 120.0) -> list[str]:
-    """Runs `size` processes of a script to their end; what each has written to its standard output, by rank.
+    """Runs `size` ranks of a script to their end; what each has written to its standard output, by rank.
 
     Raises:
         RankFailedError: a rank failed, and then the others are killed at once; or `timeout_s` passed.
     """
-    with start_ranks(script, size, *args) as ranks:
-        ranks.wait(timeout_s)
-        return [ranks.said(rank) for rank in range(size)]
+    if "cuda" in args:
+        with start_ranks(script, size, *args) as ranks:
+            ranks.wait(timeout_s)
+            return [ranks.said(rank) for rank in range(size)]
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, folder, str(size), str(FOLDER / script), *map(str, args)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment_of(size), text=True, start_new_session=True, **streams)
+        try:
+            told, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            told = "\n".join(f"{path.name}: {path.read_text()}" for path in sorted(Path(folder).iterdir()))
+            raise RankFailedError(f"not all ranks were done within {timeout_s:g} s:\n{told}") from None
+        finally:
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process.returncode:
+            raise RankFailedError(told)
+        return [(Path(folder) / f"{rank}.out").read_text() for rank in range(size)]
+
+
+def fork_ranks(folder: Path, size: int, script: str, args: list[str]) -> None:
+    """Ends with the words of the first rank that fails; the caller kills the others."""
+    sys.argv = [script, *args]
+    main = runpy.run_path(script)["main"]
+    ranks = {fork_rank(rank, folder, main): rank for rank in range(size)}
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        if status:
+            told = "".join((folder / f"{rank}.{stream}").read_text() for stream in ("err", "out"))
+            sys.exit(f"rank {rank} ended with {os.waitstatus_to_exitcode(status)}:\n{told}")
+
+
+def fork_rank(rank: int, folder: Path, main: Callable[[], None]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ.update(place_of(rank))
+        for number, stream in ((1, "out"), (2, "err")):
+            with (folder / f"{rank}.{stream}").open("wb") as file:
+                os.dup2(file.fileno(), number)
+        main()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def environment_of(size: int) -> dict[str, str]:
+    """What all ranks of a world have in common."""
+    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return os.environ | place | {"OMP_NUM_THREADS": "1"}
+
+
+def place_of(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def free_port() -> int:
@@ -106,3 +170,7 @@ def join(device: str, timeout_s: float = 60.0) -> Any:
         device=f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" else device,
         timeout_s=timeout_s,
     )
+
+
+if __name__ == "__main__":
+    fork_ranks(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,20 +1,27 @@
-"""A rank that trains. Usage: training_ranks.py RANK SIZE PORT FOLDER JOB…
+"""Ranks that train. Usage: training_ranks.py FOLDER SIZE[,SIZE…] JOB…
 
-Makes the jobs one after the other, each the function of that name below (`JOB` or `JOB:argument`), all ranks together;
-what rank 0 found goes to `FOLDER/<SIZE>/<job>.json`.
+For each size in turn, so many ranks make the jobs one after the other, each the function of that name below (`JOB` or
+`JOB:argument`), all ranks together; what rank 0 found goes to `FOLDER/<SIZE>/<job>.json`. The first rank that fails
+ends all, with its words. Ranks are forks of this process, which has imported what they need, which takes longer than
+most jobs.
 """
 
+import gc
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.errors import CapacityError
@@ -297,17 +304,60 @@ def use_small_chunks(elements: int) -> None:
     optim.whole_parameters = partial(bounded, optim.whole_parameters)  # type: ignore[assignment]
 
 
-def main() -> None:
-    use_small_chunks(3000)
-    rank, size, port = map(int, sys.argv[1:4])
+def be_rank(rank: int, size: int, port: int, folder: Path, jobs: list[str]) -> None:
     world = join_world(rank=rank, size=size, address="127.0.0.1", port=port, device="cpu", timeout_s=60)
-    ranks = Ranks(world, Path(sys.argv[4]))
-    for job in sys.argv[5:]:
+    ranks = Ranks(world, folder)
+    for job in jobs:
         name, _, argument = job.partition(":")
         found = globals()[name](ranks, argument)
         if rank == 0:
             (ranks.folder / f"{job}.json").write_text(json.dumps(found))
     world.close()
+
+
+def fork_rank(log: Path, *arguments: Any) -> int:
+    """A process that is a rank, writes to `log`, and ends with 1 if it fails."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        be_rank(*arguments)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def import_what_is_imported_late() -> None:
+    import_module("torch._dynamo")  # by the first call of torch.utils.checkpoint
+    pa.table({"step": [1]})  # imports pandas, where there is one
+
+
+def main() -> None:
+    import_what_is_imported_late()
+    use_small_chunks(3000)
+    gc.freeze()  # what was imported lives as long as the ranks
+    folder, jobs = Path(sys.argv[1]), sys.argv[3:]
+    for size in map(int, sys.argv[2].split(",")):
+        (folder / str(size)).mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        logs = [folder / f"{size}-{rank}.log" for rank in range(size)]
+        ranks = {fork_rank(log, rank, size, port, folder, jobs): rank for rank, log in enumerate(logs)}
+        while ranks:
+            pid, status = os.wait()
+            rank = ranks.pop(pid)
+            if status:
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"rank {rank} of {size} ended with status {status}:\n{logs[rank].read_text()}")
 
 
 if __name__ == "__main__":
