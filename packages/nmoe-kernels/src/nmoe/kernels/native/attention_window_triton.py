@@ -14,15 +14,12 @@ Shapes: B batch, H heads, S positions, d query-key width, v value width.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from nmoe.kernels.native.attention_backward_triton import attention_gradients
 from nmoe.kernels.native.attention_tiles_triton import (
     ahead_of_launch,
-    check_heads,
     describe,
     describe_inputs,
     edges,
@@ -37,8 +34,6 @@ from nmoe.kernels.native.attention_tiles_triton import (
     tiles_of,
     widths_of,
 )
-from nmoe.kernels.reference.attention import check_attention_shapes, check_document_starts
-from torch.autograd.function import once_differentiable
 
 _LOWEST = tl.constexpr(-1.0e30)
 """Below every score, and finite: its difference from itself is 0."""
@@ -96,42 +91,7 @@ def _window_attention_kernel(
     tl.store(level_at, top + tl.log2(total) / exponent, mask=row < length)
 
 
-def window_attention(
-    q_BHSd: torch.Tensor,
-    k_BHSd: torch.Tensor,
-    v_BHSv: torch.Tensor,
-    *,
-    scale: float,
-    window: int,
-    document_start_BS: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of each query to itself and the `window - 1` positions before it; same inputs, same bits.
-
-    Args:
-        q_BHSd: bf16 queries; d a multiple of 16 up to 192.
-        k_BHSd: bf16 keys.
-        v_BHSv: bf16 values; v a multiple of 16 up to 128. Rows of all three must be dense and start at multiples of 16
-            bytes, or they are copied.
-        scale: factor on the scores before the softmax, above 0.
-        window: at least 1; S or more hides nothing.
-        document_start_BS: int32, for each query the first key that it may see: never decreasing along S, and at most
-            the query's position, else results are undefined (no value is read on the host). None: the sample's first.
-
-    Returns:
-        (B, H, S, v), a view of memory in the order (B, S, H, v), as the gradients are too.
-
-    Raises:
-        ShapeError: a tensor or the window is not as described; the message says how to mend it.
-        KernelError: the scale is not.
-    """
-    check_attention_shapes(q_BHSd, k_BHSd, v_BHSv, window)
-    check_heads(q_BHSd, k_BHSd, v_BHSv, scale)
-    if document_start_BS is not None:
-        check_document_starts(document_start_BS, q_BHSd)
-    return _forward_op(q_BHSd, k_BHSd, v_BHSv, scale, window, document_start_BS)[0]
-
-
-def _forward(
+def forward(
     q_BHSd: torch.Tensor,
     k_BHSd: torch.Tensor,
     v_BHSv: torch.Tensor,
@@ -139,11 +99,13 @@ def _forward(
     window: int,
     document_start_BS: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out_BHSv, level_BHS = _allocate(q_BHSd, k_BHSd, v_BHSv)
-    if out_BHSv.numel() == 0:
+    """As `attention_forward_cuda.forward`, on any GPU, and in Triton's interpreter."""
+    width, value = q_BHSd.shape[3], v_BHSv.shape[3]
+    out_BHSv = empty_heads(q_BHSd, value)
+    level_BHS = q_BHSd.new_empty(q_BHSd.shape[:3], dtype=torch.float32)
+    if level_BHS.numel() == 0:
         return out_BHSv, level_BHS
     q_BHSd, k_BHSd, v_BHSv = for_tma(q_BHSd), for_tma(k_BHSd), for_tma(v_BHSv)
-    width, value = q_BHSd.shape[3], v_BHSv.shape[3]
     reach, widths = reach_of(window, document_start_BS is not None), widths_of(width, value)
     tile = tiles_of(width, value, reach, q_BHSd.device).forward
     tensors = (
@@ -156,45 +118,6 @@ def _forward(
     launch(_window_attention_kernel, tile, widths, tensors, numbers, edge_BS, q_BHSd, tile.queries)
     return out_BHSv, level_BHS
 
-
-def _allocate(
-    q_BHSd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSv: torch.Tensor, *arguments: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_heads(q_BHSd, v_BHSv.shape[3]), q_BHSd.new_empty(q_BHSd.shape[:3], dtype=torch.float32)
-
-
-def _allocate_gradients(dout_BHSv: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(empty_heads(tensor, tensor.shape[3]) for tensor in arguments[:3])
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *kept, ctx.scale, ctx.window, document_start_BS = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*kept, *output, document_start_BS)
-
-
-@once_differentiable
-def _gradient(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    if grads[0] is None:
-        return (None,) * 6
-    *kept, document_start_BS = ctx.saved_tensors
-    return *_backward_op(grads[0], *kept, ctx.scale, ctx.window, document_start_BS), None, None, None
-
-
-_LIBRARY = torch.library.Library("nmoe", "FRAGMENT")
-_TENSORS, _HOW = "Tensor q, Tensor k, Tensor v", "float scale, SymInt window, Tensor? document_start"
-_LIBRARY.define(f"window_attention({_TENSORS}, {_HOW}) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    f"window_attention_backward(Tensor dout, {_TENSORS}, Tensor out, Tensor level, {_HOW}) -> (Tensor, Tensor, Tensor)"
-)
-_LIBRARY.impl("window_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("window_attention_backward", attention_gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("nmoe::window_attention", _allocate, lib=_LIBRARY)
-torch.library.register_fake("nmoe::window_attention_backward", _allocate_gradients, lib=_LIBRARY)
-torch.library.register_autograd("nmoe::window_attention", _gradient, setup_context=_keep_for_backward, lib=_LIBRARY)
-_forward_op = torch.ops.nmoe.window_attention.default
-_backward_op = torch.ops.nmoe.window_attention_backward.default
 
 TRITON_KERNELS = ahead_of_launch(
     "window_attention",
