@@ -91,9 +91,9 @@ def test_native_on_its_arch_is_native(monkeypatch, capability: tuple[int, int], 
     pretend(monkeypatch, capability)
     ops = select_ops("native", "cuda")
     assert ops.tier == "native"
-    triton = ("balance", "mla", "newton_schulz", "qkv", "rope", "swiglu")
+    triton = ("mla", "newton_schulz", "qkv", "rope", "swiglu")
     shared = {*(f"native.{name}_triton" for name in triton), "native.attention", "native.norm", "native.routing_cuda"}
-    shared |= {f"native.{name}_cuda" for name in ("adamw", "cross_entropy", "global_norm", "muon")}
+    shared |= {f"native.{name}_cuda" for name in ("adamw", "balance", "cross_entropy", "global_norm", "muon")}
     shared.add("reference.cross_entropy")  # its products are the library's in both tiers
     assert modules(ops) == shared | experts
 

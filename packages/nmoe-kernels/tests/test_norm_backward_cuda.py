@@ -1,11 +1,9 @@
 """The CUDA backward of RMSNorm: what it takes, room for it, and how it is launched; on a GPU, that it stays within."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nmoe.kernels.runtime.cache import KernelCache
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("cuda.bindings", reason="the CUDA kernels are for Linux")
@@ -28,9 +26,9 @@ def test_every_width_has_a_kernel_with_room_for_its_rows(add: bool) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-def test_no_register_is_spilled_and_a_block_fits(arch: str, tmp_path: Path) -> None:
+def test_no_register_is_spilled_and_a_block_fits(arch: str, ahead: Any) -> None:
     for plan, kernel in (entry for kernels in module._KERNELS.values() for entry in kernels):
-        found = KernelCache(tmp_path).get(kernel.source, arch).resources
+        found = ahead.cuda.get(kernel.source, arch).resources
         assert not found.spills, kernel.source.name
         assert found.registers * plan.threads <= 1 << 16
         assert found.shared_bytes + plan.shared_bytes(plan.max_width) <= 227 << 10
@@ -47,14 +45,19 @@ def test_the_same_number_of_blocks_on_every_gpu(monkeypatch: pytest.MonkeyPatch)
     plan, _ = module._kernel_for(768, False)
     sums = []
     monkeypatch.setattr(module, "_kernel_for", lambda *_: (plan, Kernel()))
-    monkeypatch.setattr(module, "_deliver_sum", lambda weight, partial_PD: sums.append(partial_PD.shape))
+
+    def note_sum(gains: Any, partial_PGD: torch.Tensor, wanted: Any) -> list[None]:
+        sums.append(partial_PGD.shape)
+        return [None]
+
+    monkeypatch.setattr(module, "deliver_sums", note_sum)
     weight = torch.zeros(768).bfloat16()
     for rows in (0, 1, plan.teams, plan.teams + 1, 5000):
         x = torch.zeros(rows, 800).bfloat16()[:, :768]
         dout = torch.zeros(rows, 768).bfloat16()
         module.backward(dout, None, x, torch.zeros(rows), weight, dout, True)
         blocks = min(module._BLOCKS, -(-rows // plan.teams))
-        assert sums.pop() == (blocks, 768)
+        assert sums.pop() == (blocks, 1, 768)
         assert rows == 0 or launched.pop() == (blocks, rows, 96, 1600)
     assert not launched
 

@@ -20,6 +20,7 @@ SHAPES = {
     "odd": (1, 5, 3, 20),
     "wide": (2, 4, 12, 128),
     "shared": (3, 7, 1, 64),
+    "widest": (1, 3, 2, 2048),
 }
 
 
@@ -120,6 +121,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(launches_of: Any) -> None:
         )
         assert types == tuple(kind for _, kind in kernel.signature)
         assert launched.options == dict((*kernel.constants, *kernel.options))
+        assert launched.grid == (-(-5 * 2 // (1024 // width)),)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from nmoe.kernels.native import routing_cuda
 from nmoe.kernels.native.routing_cuda import (
     BLOCK_ROWS,
     CHUNKS,
+    MAX_EXPERTS,
     SCHEDULE_HEAD,
     SOURCES,
     RowIndex,
@@ -48,6 +49,26 @@ def test_row_blocks_bound_is_attained_and_never_passed(n_experts: int) -> None:
     assert most[full] == max_row_blocks(full, n_experts)
     assert most[1] == max_row_blocks(1, n_experts) == 1
     assert max_row_blocks(0, n_experts) == 0
+
+
+def test_every_number_of_experts_has_room_in_shared_memory() -> None:
+    """With as many rows at a time as there may be; of 227 KiB, 1 is left to what the order's kernel has itself."""
+    for n_experts in range(1, MAX_EXPERTS + 1):
+        limit, shared_bytes = routing_cuda._order_room((1 << 30) - 1, n_experts, 1)
+        warps = routing_cuda._ORDER_WARPS[limit]
+        assert n_experts <= limit
+        assert 4 * warps * (n_experts + 2 * 32 * routing_cuda._TURNS) < shared_bytes <= 226 << 10
+        tokens = routing_cuda._backward_tokens(n_experts)
+        assert tokens % 4 == 0
+        assert 4 <= tokens <= 32
+        assert 4 * tokens * n_experts <= 64 << 10
+    assert [routing_cuda._backward_tokens(n) for n in (64, 256, 512)] == [32, 32, 16]
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+def test_no_register_is_spilled(arch: str, ahead: Any) -> None:
+    for source in SOURCES:
+        assert not ahead.cuda.get(source, arch).resources.spills, source.name
 
 
 def test_fake_shapes() -> None:
@@ -233,7 +254,11 @@ def test_logits_off_by_a_word(gpu: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n_tokens", "n_experts", "top_k"), SHAPES)
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts", "top_k"),
+    # The last two: a last block that is no multiple of 16 bytes, or less than 16.
+    [*SHAPES, (4096, 256, 7), (33, 5, 3), (1, 3, 2)],
+)
 def test_route_backward(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> None:
     """Against autograd in float64 through the same experts; exactly zero elsewhere."""
     logits = torch.randn(n_tokens, n_experts, device=gpu, requires_grad=True)
@@ -292,8 +317,8 @@ def check_schedule(schedule: torch.Tensor, edges: list[int]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("n_tokens", "n_experts", "top_k"),
-    # 1281: the least that leaves a block fewer warps.
-    [*SHAPES, (40960, 128, 8), (0, 7, 3), (1000, 1280, 5), (1000, 1281, 5)],
+    # 1025 and 2049: the least that leave a block fewer warps.
+    [*SHAPES, (40960, 128, 8), (0, 7, 3), *((1000, n_experts, 5) for n_experts in (1024, 1025, 2048, 2049))],
 )
 def test_index_rows(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> None:
     """Equal to the reference, number for number; the schedule covers each row once."""
@@ -302,14 +327,25 @@ def test_index_rows(gpu: str, n_tokens: int, n_experts: int, top_k: int) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("n_experts", [341, 342, 349, 350, 351, 352])
+@pytest.mark.parametrize(
+    ("n_tokens", "n_experts"), [(140_000, 64), (280_000, 64), (131_073, 12), (70_000, 1500), (40_000, 4096)]
+)
+def test_index_rows_of_more_than_a_block_has_at_a_time(gpu: str, n_tokens: int, n_experts: int) -> None:
+    """Two passes or three, of 8192 rows, 4096 or 2048; and of some blocks fewer."""
+    first = torch.randint(n_experts, (n_tokens, 1))
+    first[::5] = 3
+    expert_TK = ((first + torch.arange(8)) % n_experts).int().to(gpu)
+    check_index(index_rows(expert_TK, n_experts), expert_TK, n_experts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_experts", [319, 320, 326, 327, 328, 329])
 def test_index_rows_where_shared_memory_passes_48_kib(
     gpu: str, n_experts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a launch asks for passes 48 KiB at 352 experts, with the kernel's own 256 bytes at 350, and with the KiB
-    the system keeps of each block at 342. The kernel is loaded anew each time, for a limit once raised stays so."""
-    key = ("index_rows", 0)
-    monkeypatch.setitem(routing_cuda._INDEX, key, CudaKernel(routing_cuda._INDEX[key].source))
+    """What a launch asks for passes 48 KiB at 329 experts, with the kernel's own 384 bytes at 327, and with the KiB
+    the system keeps of each block at 320. The kernel is loaded anew each time, for a limit once raised stays so."""
+    monkeypatch.setitem(routing_cuda._INDEX, 1024, CudaKernel(routing_cuda._INDEX[1024].source))
     expert_TK = distinct(1000, n_experts, 6).to(gpu)
     check_index(index_rows(expert_TK, n_experts), expert_TK, n_experts)
 

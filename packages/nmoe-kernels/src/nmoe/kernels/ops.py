@@ -120,7 +120,7 @@ def _reference_ops() -> Ops:
 def _native_ops(arch: str) -> Ops:
     from nmoe.kernels.native.adamw_cuda import adamw_
     from nmoe.kernels.native.attention import attention
-    from nmoe.kernels.native.balance_triton import balance_loss
+    from nmoe.kernels.native.balance_cuda import balance_loss
     from nmoe.kernels.native.cross_entropy_cuda import score_rows
     from nmoe.kernels.native.global_norm_cuda import global_norm
     from nmoe.kernels.native.mla_triton import mla_heads

@@ -15,6 +15,7 @@ from nmoe.kernels.bench.op_rows import (
     add_rms_norm,
     balance_loss,
     combine,
+    launch,
     mla_heads,
     qkv_heads,
     rms_norm,
@@ -24,6 +25,7 @@ from nmoe.kernels.bench.op_rows import (
 )
 
 CASES: Mapping[str, Callable[[], Sequence[Case]]] = {
+    "launch": lambda: [launch()],
     "rms_norm": lambda: [
         *rms_norm(16_384, 2048),
         *rms_norm(65_536, 768),

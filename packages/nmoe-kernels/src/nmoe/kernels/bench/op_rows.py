@@ -16,6 +16,15 @@ _COMBINE_TILE = 128
 """Columns of F that share a partial sum of a gate's gradient, in the experts' product before it."""
 
 
+def launch() -> Case:
+    """One kernel that does nothing: what any op takes at least, however few bytes it moves."""
+
+    def make(setting: Setting) -> Run:
+        return lambda: torch.cuda._sleep(0)
+
+    return Case("launch", "empty kernel", "1 block", Work(0), make)
+
+
 def rms_norm(tokens: int, width: int) -> list[Case]:
     """Rows of `width`; the gain's gradient to its fp32 `main_grad`."""
     elements = tokens * width

@@ -2,7 +2,7 @@
 //
 // Persistent and warp-specialised. Warpgroup 0 fills a ring of shared-memory stages: weights by TMA, rows by TMA or, when
 // they are gathered by index, by cp.async. Warpgroups 1 and 2 multiply, and each writes its half of the tile while the
-// other may still multiply. Tiles come from a schedule made on the GPU (routing.cu): blocks of 256 rows of one expert.
+// other may still multiply. Tiles come from a schedule that is made on the GPU: blocks of 256 rows of one expert.
 //
 // Compile-time choices (-D):
 //   GATHER     1: row r of A is source[token[r]]; 0: row r of `rows`

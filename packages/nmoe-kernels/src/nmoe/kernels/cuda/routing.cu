@@ -1,15 +1,16 @@
-// Router selection and the order of routed rows. Nothing here is read back to the host, no atomic decides a place, and
-// every grid follows from sizes that the host knows.
+// Router selection, the counts of routed rows, and the order of those that other ranks sent; index_rows.cu has the order
+// of this rank's. Nothing here is read back to the host, no atomic decides a place, and every grid follows from sizes that
+// the host knows.
 //
 // Shapes: T tokens, E experts, K experts per token, R = T*K rows. A flat row index is t*K + k.
-// Tokens are cut into CHUNKS equal runs, one block each: `route` counts each chunk's rows per expert, and `index_rows`
-// sums the counts of earlier chunks and places its own.
+// Tokens are cut into CHUNKS equal runs, one block each: `route` or `count_rows` counts each chunk's rows per expert, and
+// the order's kernel sums the counts of earlier chunks and places its own.
 //
 // Macros: CHUNKS; BLOCK_ROWS, rows of one schedule entry; SCHEDULE_HEAD, words before the first; SLOTS (only of a compile
 // for `route`), experts per lane of the quick selection (4, 8 or 16), 0 for none; SLAB (only of one for `count_rows` or
-// `index_rows`): 1 orders what other ranks sent. The tokens are then the slab's rows, N for each source, of which those up
-// to the last wave's end are there; an expert of -1 is another rank's; an expert's rows stand by wave first, so that E
-// counts pairs of expert and wave; and if there are more rows than `capacity`, none is ordered.
+// `index_slab`, which has none but 1): 1 for what other ranks sent. The tokens are then the slab's rows, N for each source,
+// of which those up to the last wave's end are there; an expert of -1 is another rank's; an expert's rows stand by wave
+// first, so that E counts pairs of expert and wave; and if there are more rows than `capacity`, none is ordered.
 
 constexpr unsigned FULL = 0xffffffffu;
 
@@ -250,54 +251,12 @@ extern "C" __global__ void __launch_bounds__(SLOTS == 16 ? 512 : 1024, 1) route(
 #else  // SLOTS
 
 // ---------------------------------------------------------------------------------------------------------------------
-// route_backward: one warp a token
-// ---------------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL, x, step);
-  return x;
-}
-
-struct RouteBackwardParams {
-  const float* dgate_TK;
-  const int* expert_TK;
-  const float* score_TK;
-  float* dlogits_TE;
-  int n_tokens, n_experts, top_k;
-  float route_scale;
-};
-
-// gate_k = scale * s_k / S with S = sum(s) + 1e-20, hence ds_k = (scale * dgate_k - sum_j(dgate_j * gate_j)) / S; and
-// s = sigmoid(logit), hence dlogit = ds * s * (1 - s). Logits of experts not chosen get 0.
-extern "C" __global__ void __launch_bounds__(256) route_backward(const __grid_constant__ RouteBackwardParams p) {
-  const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  if (t >= p.n_tokens) return;
-  float* const dlogit_E = p.dlogits_TE + static_cast<long long>(t) * p.n_experts;
-  if (p.n_experts % 4 == 0) {
-    for (int e = lane * 4; e < p.n_experts; e += 128)
-      *reinterpret_cast<float4*>(dlogit_E + e) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  } else {
-    for (int e = lane; e < p.n_experts; e += 32) dlogit_E[e] = 0.0f;
-  }
-  const bool chosen = lane < p.top_k;
-  const long long at = static_cast<long long>(t) * p.top_k + lane;
-  const float score = chosen ? p.score_TK[at] : 0.0f;
-  const float dgate = chosen ? p.dgate_TK[at] : 0.0f;
-  const float total = warp_sum(score) + 1e-20f;
-  const float shared_term = warp_sum(dgate * (score / total * p.route_scale));
-  __syncwarp();  // the zeros are written
-  if (chosen)
-    dlogit_E[p.expert_TK[at]] = (p.route_scale * dgate - shared_term) / total * score * (1.0f - score);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// count_rows and index_rows: one block a chunk
+// count_rows and index_slab: one block a chunk
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct IndexParams {
   const int* expert_TK;
-  int* histogram_BE;  // rows per expert of each chunk: written by count_rows, read by index_rows
+  int* histogram_BE;  // rows per expert of each chunk: written by count_rows, read for the order
   int* order_R;
   int* token_R;
   int* row_TK;
@@ -375,6 +334,8 @@ extern "C" __global__ void __launch_bounds__(1024) count_rows(const __grid_const
   for (int e = threadIdx.x; e < p.n_experts; e += blockDim.x) p.histogram_BE[blockIdx.x * p.n_experts + e] = count_E[e];
 }
 
+#if SLAB
+
 struct Pair {
   int rows, blocks;
 };
@@ -396,15 +357,11 @@ __device__ __forceinline__ Pair scan_before(Pair mine, Pair* scratch) {
 }
 
 // Dynamic shared memory: before (E), offset (E + 1), first block (E + 1), cursor (warps, E).
-extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_constant__ IndexParams p) {
+extern "C" __global__ void __launch_bounds__(1024) index_slab(const __grid_constant__ IndexParams p) {
   extern __shared__ int shared[];
   __shared__ Pair scratch[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, n = p.n_experts;
-#if SLAB
   const int* const end_CW = near_ends(p);
-#else
-  const int* const end_CW = nullptr;
-#endif
   int* const before_E = shared;            // rows of earlier chunks
   int* const offset_E = before_E + n;      // first rows of all, then the first row of each expert
   int* const entry_E = offset_E + n + 1;   // first schedule entry of each expert
@@ -418,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
   const int part_first = smaller(first + warp * part, last), part_last = smaller(part_first + part, last);
   for (int i = part_first + lane; i < part_last; i += 32) {
     const int expert = expert_at(p, end_CW, i);
-    if (!SLAB || expert >= 0) atomicAdd(&cursor_E[warp * n + expert], 1);
+    if (expert >= 0) atomicAdd(&cursor_E[warp * n + expert], 1);
   }
 
   const int threads = blockDim.x, strands = n < threads ? smaller(threads / n, CHUNKS) : 1;
@@ -444,7 +401,6 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     sum.blocks += (offset_E[e] + BLOCK_ROWS - 1) / BLOCK_ROWS;
   }
   Pair at = scan_before(sum, scratch);
-#if SLAB
   __shared__ bool full;
   if (threadIdx.x == threads - 1) {
     const int needed = at.rows + sum.rows;
@@ -461,11 +417,8 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
   }
   __syncthreads();
   if (full) at = {0, 0};
-#endif
   for (int e = e_first; e < e_last; ++e) {
-#if SLAB
     if (full) offset_E[e] = 0;
-#endif
     const int rows = offset_E[e];
     offset_E[e] = at.rows, entry_E[e] = at.blocks;
     int row = at.rows + before_E[e];
@@ -478,7 +431,6 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     if (e == n - 1) offset_E[n] = at.rows, entry_E[n] = at.blocks;
   }
   __syncthreads();
-#if SLAB
   // Entries belong to the wave of their last row. They are written twice, by expert, and by wave and expert: entry_E has
   // the first of each (wave, expert) there, number wave * experts + expert here; first_E the first of each expert.
   const int waves = p.n_waves, experts = n / waves;
@@ -504,41 +456,31 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     if (i == n - 1) entry_E[n] = entries.blocks;
   }
   __syncthreads();
-#endif
 
   for (int at_32 = part_first; at_32 < part_last; at_32 += 32) {
     const int i = at_32 + lane;
     int expert = i < part_last ? expert_at(p, end_CW, i) : -1;
-#if SLAB
     if (full) expert = -1;
     if (expert < 0 && i < part_last) p.row_TK[i] = -1;
-#endif
     const unsigned same = __match_any_sync(FULL, expert);
     const int earlier = __popc(same & ((1u << lane) - 1));
     if (expert >= 0) {
-#if SLAB
       // Within the tensors even if a rank that is too late writes to the slab meanwhile.
       const int row = smaller(cursor_E[warp * n + expert] + earlier, p.capacity - 1);
-#else
-      const int row = cursor_E[warp * n + expert] + earlier;
-#endif
       p.order_R[row] = i;
       p.token_R[row] = i / p.top_k;
       p.row_TK[i] = row;
-#if SLAB
       const int* const offset_C = offset_E + expert / waves * waves;
       int ready = expert % waves;
       // The last wave has all: said for rows that a late rank changes after a fault, since they were counted.
       while (ready < waves - 1 && (row - offset_C[0]) / BLOCK_ROWS >= entries_up_to(offset_C, ready, waves)) ++ready;
       atomicMax(&p.ready_S[i / p.top_k], ready);
-#endif
     }
     __syncwarp();  // all have read the cursor
     if (expert >= 0 && earlier == 0) cursor_E[warp * n + expert] += __popc(same);
     __syncwarp();
   }
 
-#if SLAB
   for (int number = blockIdx.x; number < n; number += CHUNKS) {
     const int wave = number / experts, e = number % experts;
     const int* const offset_C = offset_E + e * waves;
@@ -555,20 +497,8 @@ extern "C" __global__ void __launch_bounds__(1024) index_rows(const __grid_const
     if (threadIdx.x <= waves) p.entry_C[threadIdx.x] = entry_E[threadIdx.x * experts];
     if (threadIdx.x < SCHEDULE_HEAD) p.schedule[threadIdx.x] = p.by_wave[threadIdx.x] = threadIdx.x == 0 ? entry_E[n] : 0;
   }
-#else
-  for (int e = blockIdx.x; e < n; e += CHUNKS) {
-    const int entries = entry_E[e + 1] - entry_E[e];
-    for (int b = threadIdx.x; b < entries; b += blockDim.x) {
-      const int first = offset_E[e] + b * BLOCK_ROWS;
-      reinterpret_cast<int4*>(p.schedule)[SCHEDULE_HEAD / 4 + entry_E[e] + b] =
-          make_int4(e, first, smaller(BLOCK_ROWS, offset_E[e + 1] - first), 0);
-    }
-  }
-  if (blockIdx.x == 0) {
-    for (int e = threadIdx.x; e <= n; e += blockDim.x) p.offset_E[e] = offset_E[e];
-    if (threadIdx.x < SCHEDULE_HEAD) p.schedule[threadIdx.x] = threadIdx.x == 0 ? entry_E[n] : 0;
-  }
-#endif
 }
+
+#endif  // SLAB
 
 #endif  // SLOTS

@@ -1,7 +1,7 @@
 """RMSNorm's backward in CUDA: bulk copies keep as many rows on their way as a block's shared memory holds.
 
-The gain's gradient is summed by each thread over its rows, then over a block's teams, then over the blocks. That last
-sum goes straight to `main_grad`, in one small launch.
+The gain's gradient is summed by each thread over its rows, then over a block's teams, then over the blocks, by
+`gain_cuda`.
 
 Shapes: R rows, D width, P blocks' partial sums.
 """
@@ -10,7 +10,7 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
-from nmoe.kernels.main_grad import accumulator_of, claim, deliver
+from nmoe.kernels.native.gain_cuda import deliver_sums
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel
 
@@ -22,8 +22,6 @@ _LEAST_WIDTH = 256
 _BLOCKS = 132
 """Of a launch, at most: one for each multiprocessor of an H200, and no more on a larger GPU, as the bits of the gain's
 gradient depend on it."""
-_GAIN_COLUMNS, _GAIN_THREADS = 32, 1024  # as norm_gain.cu has them
-_ROUND, _OVERWRITE, _ADD = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,8 @@ _KERNELS = {
     )
     for add, stages in ((False, 3), (True, 2))
 }
-_GAIN = CudaKernel(CudaSource("norm_gain", "norm_gain.cu", "norm_gain", _ARCHES, (("MOST_PARTIALS", _BLOCKS),)))
 
-SOURCES = (*(kernel.source for kernels in _KERNELS.values() for _, kernel in kernels), _GAIN.source)
+SOURCES = tuple(kernel.source for kernels in _KERNELS.values() for _, kernel in kernels)
 """Every compile of this module."""
 
 
@@ -84,14 +81,6 @@ class _BackwardParams(ctypes.Structure):
         ("x_row", ctypes.c_uint64),
         ("n_rows", ctypes.c_uint32),
         ("pieces", ctypes.c_uint32),
-    )
-
-
-class _GainParams(ctypes.Structure):
-    _fields_ = (
-        ("partial", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        *((name, ctypes.c_uint32) for name in ("partials", "width", "how")),
     )
 
 
@@ -140,29 +129,8 @@ def backward(
         )
         with torch.cuda.device_of(x_RD):
             kernel.launch((blocks, 1, 1), plan.threads, plan.shared_bytes(width), params)
-    return None if partial_PD is None else _deliver_sum(weight, partial_PD)
+    return None if partial_PD is None else deliver_sums((weight,), partial_PD[:, None], (True,))[0]
 
 
 def _kernel_for(width: int, add: bool) -> tuple[Plan, CudaKernel]:
     return next((plan, kernel) for plan, kernel in _KERNELS[add] if width <= plan.max_width)
-
-
-def _deliver_sum(weight: torch.Tensor, partial_PD: torch.Tensor) -> torch.Tensor | None:
-    """As `main_grad.deliver` of the sum over P, with one launch where PyTorch takes two."""
-    accumulator = accumulator_of(weight)
-    if accumulator is None:
-        grad = torch.empty_like(weight)
-        _sum_into(grad, partial_PD, _ROUND)
-        return grad
-    if accumulator.dtype != torch.float32 or not accumulator.is_contiguous():
-        return deliver(weight, partial_PD.sum(0))
-    claimed = claim(weight)
-    _sum_into(accumulator, partial_PD, _ADD if claimed is not None and claimed[1] else _OVERWRITE)
-    return None
-
-
-def _sum_into(out_D: torch.Tensor, partial_PD: torch.Tensor, how: int) -> None:
-    partials, width = partial_PD.shape
-    params = _GainParams(partial=partial_PD.data_ptr(), out=out_D.data_ptr(), partials=partials, width=width, how=how)
-    with torch.cuda.device_of(out_D):
-        _GAIN.launch((-(-width // _GAIN_COLUMNS), 1, 1), _GAIN_THREADS, 0, params)

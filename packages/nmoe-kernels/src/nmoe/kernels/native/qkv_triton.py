@@ -4,7 +4,7 @@ Forward it reads queries and keys of the product once and writes them once; valu
 Backward it reads the three gradients, and queries and keys again if they are normed, and writes the product's gradient
 once: values go through the op so that this is not put together by further passes. Nothing is kept but the product and
 the position tables. All in fp32 and rounded once; the gains' gradients are summed over each program's heads, and then
-over programs, whose number depends on no GPU: same inputs, same bits.
+by `gain_cuda` over programs, whose number depends on no GPU: same inputs, same bits.
 
 Shapes: B batch, S positions, T = B·S tokens, H heads, d head width, P programs.
 """
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from nmoe.kernels.errors import ShapeError
-from nmoe.kernels.main_grad import deliver
+from nmoe.kernels.native.gain_cuda import deliver_sums
 from nmoe.kernels.native.rope_triton import angles, turn
 from nmoe.kernels.reference.qkv import Gains, check_qkv_shapes
 from nmoe.kernels.runtime.triton_aot import TritonKernel
@@ -256,9 +256,7 @@ class _QkvHeads(torch.autograd.Function):
                     **sizes,
                     **_OPTIONS,
                 )
-        dgain_2d = dgain_P2d.sum(0) if saved else ()
-        wanted = zip(ctx.gains, dgain_2d, ctx.needs_input_grad[1:3], strict=False)
-        dgains = [deliver(gain, dgain) if wants else None for gain, dgain, wants in wanted] or [None, None]
+        dgains = deliver_sums(ctx.gains, dgain_P2d, ctx.needs_input_grad[1:3]) if saved else (None, None)
         return dqkv_BS3Hd, *dgains, None, None, None
 
 

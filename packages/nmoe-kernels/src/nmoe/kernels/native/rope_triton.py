@@ -12,8 +12,8 @@ from nmoe.kernels.errors import ShapeError
 from nmoe.kernels.runtime.triton_aot import TritonKernel
 from torch.autograd.function import once_differentiable
 
-_HEADS = 16
-"""That a program, which owns one token, takes at a time."""
+_ELEMENTS = 1024
+"""Of a program: whole heads, of as many tokens as it takes."""
 
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # fusion said: Triton 3.10 changes the default
 
@@ -35,7 +35,7 @@ def turn(x, cos, sin):
     return tl.reshape(turned, (x.shape[0], x.shape[1]))
 
 
-@triton.jit(do_not_specialize=["length", "heads"])
+@triton.jit(do_not_specialize=["n_rows", "length", "heads"])
 def _turn_kernel(
     x_ptr,
     cos_ptr,
@@ -44,24 +44,22 @@ def _turn_kernel(
     x_batch,
     x_token,
     x_head,
+    n_rows,
     length,
     heads,
     half,
     sign,
-    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64)
-    position = token % length
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
+    token, head = row // heads, row % heads
+    batch, position = token // length, token % length
     cos, sin = angles(cos_ptr, sin_ptr, position, half, WIDTH)
-    x_ptr += token // length * x_batch + position * x_token
-    for first in range(0, heads, HEADS):
-        head = (first + tl.arange(0, HEADS)[:, None]).to(tl.int64)
-        inside = (head < heads) & (column < 2 * half)
-        x = tl.load(x_ptr + head * x_head + column, mask=inside, other=0.0)
-        turned = turn(x, cos, sin * sign).to(tl.bfloat16)
-        tl.store(out_ptr + (token * heads + head) * 2 * half + column, turned, mask=inside)
+    inside = (row < n_rows) & (column < 2 * half)
+    x = tl.load(x_ptr + batch * x_batch + position * x_token + head * x_head + column, mask=inside, other=0.0)
+    tl.store(out_ptr + row * 2 * half + column, turn(x, cos, sin * sign).to(tl.bfloat16), mask=inside)
 
 
 def rope(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -106,11 +104,17 @@ def _turn(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: floa
     batch, length, heads, width = x_BSHd.shape
     out_BSHd = x_BSHd.new_empty(x_BSHd.shape)
     if out_BSHd.numel():
-        sizes = (*x_BSHd.stride()[:3], length, heads, width // 2, sign)
-        constants = {"HEADS": _HEADS, "WIDTH": triton.next_power_of_2(width)}
+        rows, constants = batch * length * heads, _constants(width)
+        sizes = (*x_BSHd.stride()[:3], rows, length, heads, width // 2, sign)
         with torch.cuda.device_of(x_BSHd):
-            _turn_kernel[(batch * length,)](x_BSHd, cos, sin, out_BSHd, *sizes, **constants, **_OPTIONS)
+            grid = (triton.cdiv(rows, constants["ROWS"]),)
+            _turn_kernel[grid](x_BSHd, cos, sin, out_BSHd, *sizes, **constants, **_OPTIONS)
     return out_BSHd
+
+
+def _constants(width: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(width)
+    return {"ROWS": max(1, _ELEMENTS // padded), "WIDTH": padded}
 
 
 _TYPES = {
@@ -118,7 +122,7 @@ _TYPES = {
     "cos_ptr": "*fp32",
     "sin_ptr": "*fp32",
     "out_ptr": "*bf16",
-    **dict.fromkeys(("x_batch", "x_token", "x_head", "length", "heads", "half"), "i32"),
+    **dict.fromkeys(("x_batch", "x_token", "x_head", "n_rows", "length", "heads", "half"), "i32"),
     "sign": "fp32",
 }
 
@@ -129,8 +133,8 @@ TRITON_KERNELS = tuple(
         "_turn_kernel",
         ("sm_90a", "sm_100a"),
         tuple(_TYPES.items()),
-        constants=(("HEADS", _HEADS), ("WIDTH", width)),
-        aligned=tuple(name for name in _TYPES if name not in ("length", "heads", "sign")),
+        constants=tuple(_constants(width).items()),
+        aligned=tuple(name for name in _TYPES if name not in ("n_rows", "length", "heads", "sign")),
         options=tuple(_OPTIONS.items()),
     )
     for width in (64, 128)

@@ -29,6 +29,13 @@ MAX_TOP_K = 32
 
 _ARCHES = ("sm_90a", "sm_100a")
 _MOST_ENDS = 32  # as routing.cu has it
+_TURNS = 8
+"""Most rows of a lane that the order's kernel has at a time."""
+_ORDER_WARPS = {1024: 32, 2048: 16, MAX_EXPERTS: 8}
+"""Of its block, by the most experts: each has a word of shared memory for each expert, which has 227 KiB."""
+_BACKWARD_THREADS = 256
+_BACKWARD_VALUES = 8192
+"""Of the logits' gradient that a block of the backward has in shared memory, 32 KiB; more where 4 tokens have more."""
 _DEFINES = (("BLOCK_ROWS", BLOCK_ROWS), ("CHUNKS", CHUNKS), ("SCHEDULE_HEAD", SCHEDULE_HEAD))
 _SLOTS = {128: 4, 256: 8, 512: 16, MAX_EXPERTS: 0}
 """Experts per lane of the kernel's quick selection, by the most experts that it serves; 0: it has none."""
@@ -36,20 +43,40 @@ _ROUTE_SOURCES = {
     limit: CudaSource(f"route_e{limit}", "routing.cu", "route", _ARCHES, (*_DEFINES, ("SLOTS", slots)))
     for limit, slots in _SLOTS.items()
 }
-_BACKWARD_SOURCE = CudaSource("route_backward", "routing.cu", "route_backward", _ARCHES, (*_DEFINES, ("SLAB", 0)))
-_INDEX_SOURCES = {
-    (entry, slab): CudaSource(
-        f"{entry}_of_slab" if slab else entry, "routing.cu", entry, _ARCHES, (*_DEFINES, ("SLAB", slab))
+_BACKWARD_SOURCE = CudaSource(
+    "route_backward", "route_backward.cu", "route_backward", _ARCHES, (("THREADS", _BACKWARD_THREADS),)
+)
+_COUNT_SOURCES = {
+    slab: CudaSource(
+        "count_slab" if slab else "count_rows", "routing.cu", "count_rows", _ARCHES, (*_DEFINES, ("SLAB", slab))
     )
-    for entry in ("count_rows", "index_rows")
     for slab in (0, 1)
 }
-SOURCES = (*_ROUTE_SOURCES.values(), _BACKWARD_SOURCE, *_INDEX_SOURCES.values())
+_INDEX_SOURCES = {
+    limit: CudaSource(
+        f"index_rows_e{limit}",
+        "index_rows.cu",
+        "index_rows",
+        _ARCHES,
+        (*_DEFINES, ("WARPS", warps), ("TURNS", _TURNS)),
+    )
+    for limit, warps in _ORDER_WARPS.items()
+}
+_SLAB_SOURCE = CudaSource("index_slab", "routing.cu", "index_slab", _ARCHES, (*_DEFINES, ("SLAB", 1)))
+SOURCES = (
+    *_ROUTE_SOURCES.values(),
+    _BACKWARD_SOURCE,
+    *_COUNT_SOURCES.values(),
+    *_INDEX_SOURCES.values(),
+    _SLAB_SOURCE,
+)
 """Every compile of this module."""
 
 _ROUTE = {limit: CudaKernel(source) for limit, source in _ROUTE_SOURCES.items()}
 _BACKWARD = CudaKernel(_BACKWARD_SOURCE)
-_INDEX = {key: CudaKernel(source) for key, source in _INDEX_SOURCES.items()}
+_COUNT = {slab: CudaKernel(source) for slab, source in _COUNT_SOURCES.items()}
+_INDEX = {limit: CudaKernel(source) for limit, source in _INDEX_SOURCES.items()}
+_INDEX_SLAB = CudaKernel(_SLAB_SOURCE)
 
 
 class Routing(NamedTuple):
@@ -103,7 +130,7 @@ class _RouteParams(ctypes.Structure):
 class _RouteBackwardParams(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("dgate", "expert", "score", "dlogits")),
-        *((name, ctypes.c_int) for name in ("n_tokens", "n_experts", "top_k")),
+        *((name, ctypes.c_int) for name in ("n_tokens", "n_experts", "top_k", "tokens")),
         ("route_scale", ctypes.c_float),
     )
 
@@ -269,8 +296,8 @@ def index_slab(
     )
     warps = _warps(n_pairs)
     with torch.cuda.device(expert_SK.device):
-        _INDEX["count_rows", 1].launch((CHUNKS, 1, 1), 1024, 4 * n_pairs, params)
-        _INDEX["index_rows", 1].launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_pairs * (3 + warps) + 2), params)
+        _COUNT[1].launch((CHUNKS, 1, 1), 1024, 4 * n_pairs, params)
+        _INDEX_SLAB.launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_pairs * (3 + warps) + 2), params)
     return index, waves
 
 
@@ -350,7 +377,7 @@ def _route_backward_cuda(
     n_tokens, top_k = expert_TK.shape
     if n_tokens == 0:
         return dlogits_TE
-    dgate_TK = dgate_TK.contiguous()  # autograd may hand an expanded one
+    dgate_TK, tokens = dgate_TK.contiguous(), _backward_tokens(n_experts)  # autograd may hand an expanded one
     params = _RouteBackwardParams(
         dgate_TK.data_ptr(),
         expert_TK.data_ptr(),
@@ -359,11 +386,17 @@ def _route_backward_cuda(
         n_tokens,
         n_experts,
         top_k,
+        tokens,
         route_scale,
     )
     with torch.cuda.device(dgate_TK.device):
-        _BACKWARD.launch((-(-n_tokens // 8), 1, 1), 256, 0, params)
+        _BACKWARD.launch((-(-n_tokens // tokens), 1, 1), _BACKWARD_THREADS, 4 * tokens * n_experts, params)
     return dlogits_TE
+
+
+def _backward_tokens(n_experts: int) -> int:
+    """Of a block: a multiple of 4, so that its gradient starts at a multiple of 16 bytes."""
+    return min(32, max(4, _BACKWARD_VALUES // n_experts // 4 * 4))
 
 
 def _route_backward_fake(
@@ -390,12 +423,20 @@ def _index_rows_cuda(expert_TK: torch.Tensor, n_experts: int, histogram_BE: torc
         n_experts,
         top_k,
     )
-    warps = _warps(n_experts)
+    limit, shared_bytes = _order_room(n_tokens, n_experts, top_k)
     with torch.cuda.device(expert_TK.device):
         if histogram_BE is None:
-            _INDEX["count_rows", 0].launch((CHUNKS, 1, 1), 1024, 4 * n_experts, params)
-        _INDEX["index_rows", 0].launch((CHUNKS, 1, 1), 32 * warps, 4 * (n_experts * (3 + warps) + 2), params)
+            _COUNT[0].launch((CHUNKS, 1, 1), 1024, 4 * n_experts, params)
+        _INDEX[limit].launch((CHUNKS, 1, 1), 32 * _ORDER_WARPS[limit], shared_bytes, params)
     return order_R, token_R, row_TK, offset_E, schedule
+
+
+def _order_room(n_tokens: int, n_experts: int, top_k: int) -> tuple[int, int]:
+    """The order's kernel, by its most experts, and the shared memory of a block."""
+    limit = next(limit for limit in _ORDER_WARPS if n_experts <= limit)
+    warps = _ORDER_WARPS[limit]
+    rows = min(-(-n_tokens // CHUNKS) * top_k, 32 * warps * _TURNS)  # that a block has at a time
+    return limit, 4 * (5 * n_experts + 2 + warps * (n_experts + 1) + 2 * rows)
 
 
 def _index_rows_fake(expert_TK: torch.Tensor, n_experts: int, histogram_BE: torch.Tensor | None) -> tuple[Any, ...]:

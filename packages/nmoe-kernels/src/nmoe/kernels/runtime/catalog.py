@@ -13,9 +13,15 @@ from nmoe.kernels.runtime.triton_aot import TritonKernel
 # Modules of CUDA kernels, one a line: each has `SOURCES: tuple[CudaSource, ...]`.
 _CUDA_MODULES: tuple[str, ...] = (
     "nmoe.kernels.native.adamw_cuda",
+    "nmoe.kernels.native.attention_backward_cuda",
+    "nmoe.kernels.native.attention_dkdv_cuda",
+    "nmoe.kernels.native.attention_dq_cuda",
+    "nmoe.kernels.native.attention_forward_cuda",
+    "nmoe.kernels.native.balance_cuda",
     "nmoe.kernels.native.combine_cuda",
     "nmoe.kernels.native.cross_entropy_cuda",
     "nmoe.kernels.native.exchange_cuda",
+    "nmoe.kernels.native.gain_cuda",
     "nmoe.kernels.native.global_norm_cuda",
     "nmoe.kernels.native.grouped_gemm_cuda",
     "nmoe.kernels.native.muon_cuda",
@@ -29,7 +35,6 @@ _CUDA_MODULES: tuple[str, ...] = (
 _TRITON_MODULES: tuple[str, ...] = (
     "nmoe.kernels.native.attention_backward_triton",
     "nmoe.kernels.native.attention_window_triton",
-    "nmoe.kernels.native.balance_triton",
     "nmoe.kernels.native.cross_entropy_triton",
     "nmoe.kernels.native.grouped_gemm_triton",
     "nmoe.kernels.native.mla_triton",
