@@ -1,19 +1,31 @@
 """`n eval` with tasks, and tasks while a run trains: tables, files, rows in the database, and what is refused."""
 
 import csv
+import dataclasses
+import io
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from nmoe.cli import eval_training
+from nmoe.cli.app import run
 from nmoe.cli.config import load_config
+from nmoe.cli.console import make_console
+from nmoe.cli.context import Context
 from nmoe.cli.eval_inputs import open_text, token_bytes, windows_of
 from nmoe.cli.eval_progress import _Pace
 from nmoe.cli.eval_report import results_folder
+from nmoe.cli.eval_request import EvalRequest
 from nmoe.cli.eval_training import measure_suites
 from nmoe.data.loader import validation_batches
 from nmoe.data.shards import ShardSet
@@ -413,17 +425,132 @@ def test_ranks_that_lost_one_another_do_not_go_on(config_file, monkeypatch):
         measure_suites(None, None, [], config, World(0, 1, torch.device("cpu")), SimpleNamespace())
 
 
-def test_two_ranks_measure_what_one_measures(n, train, bundle, data_root):
-    """Each has half of the experts: their calls of the model must meet, in tasks of both kinds."""
+def on_ranks(data_root, number):
+    """Says in the run's configuration that it is one of so many ranks."""
+    path = data_root / "runs" / "first" / "config.toml"
+    text, changed = re.subn(r"world_size = \d+", f"world_size = {number}", path.read_text())
+    assert changed == 1
+    path.write_text(text)
+
+
+def call_as_torchrun_does(data_root, n_ranks, *arguments):
+    """Runs `n` as so many ranks, and returns what each printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": n_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    processes = []
+    for rank in range(n_ranks):
+        place = {**shared, "RANK": rank, "LOCAL_RANK": rank, "NMOE_DATA_PATH": data_root}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "nmoe.cli", *map(str, arguments)],
+                env={**os.environ, **{name: str(value) for name, value in place.items()}},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * n_ranks, "\n".join(said)
+    return said
+
+
+def test_several_ranks_measure_what_one_measures(n, train, bundle, data_root, tmp_path):
+    """Each has its part of the experts: their calls of the model must meet, in tasks of all kinds."""
     settings = ('eval.tasks=["core/copa", "gsm8k:1"]', f"eval.data={bundle}", "eval.limit=3", "eval.every=1")
     outcome = train(*settings, "runtime.world_size=2", "train.micro_batch_size=2")
     assert outcome.code == 0, outcome.err
     assert "failed" not in outcome.out
     assert len(stored(data_root, "first")) == 6
-    out = data_root / "alone"
-    asked = ["--tasks", "core/copa,gsm8k:1", "--data", bundle, "--limit", "3", "--max-tokens", "32", "--out", out]
-    assert n("eval", "first", *asked).code == 0
+    while_training = data_root / "runs" / "first" / "eval" / "step_00000002" / "training" / "examples"
+
+    bundle.rename(data_root / "eval_bundle")
+    asked = ["eval", "first", "--tasks", "validation,bpb,core/copa,gsm8k:1", "--limit", "3", "--max-tokens", "32"]
+    said = {}
+    on_ranks(data_root, 1)
+    outcome = n(*asked, "--out", tmp_path / "1")
+    assert outcome.code == 0, outcome.err
+    said[1] = outcome.out
+    kept = stored(data_root, "first")
+    said[2], nothing = call_as_torchrun_does(data_root, 2, *asked, "--out", tmp_path / "2")
+    assert nothing == "", "rank 0 alone speaks"
+    on_ranks(data_root, 4)
+    outcome = n(*asked, "--out", tmp_path / "4")
+    assert outcome.code == 0, outcome.err
+    said[4] = outcome.out
+
     for name in ("core.copa", "gsm8k"):
-        together = data_root / "runs" / "first" / "eval" / "step_00000002" / "training" / "examples" / f"{name}.jsonl"
-        assert len(together.read_text().splitlines()) == 3
-        assert together.read_text() == (out / "examples" / f"{name}.jsonl").read_text()
+        alone = (tmp_path / "1" / "examples" / f"{name}.jsonl").read_text().splitlines()
+        assert len(alone) == 3
+        for folder in (tmp_path / "2" / "examples", tmp_path / "4" / "examples", while_training):
+            several = (folder / f"{name}.jsonl").read_text().splitlines()
+            for found, expected in zip(map(json.loads, several), map(json.loads, alone), strict=True):
+                # A token's sum over its experts is added up by those who own them.
+                assert found["scores"] == pytest.approx(expected["scores"], rel=1e-5)
+                assert {**found, "scores": None} == {**expected, "scores": None}
+    for size in (2, 4):
+        document = json.loads((tmp_path / str(size) / "results.json").read_text())
+        assert document["about"]["ranks"] == size
+        for figure in (r"val/loss +([\d.]+)", r"val/bpb +([\d.]+)", r"\nbpb .*bits_per_byte +([\d.]+)"):
+            found, expected = (float(re.search(figure, text)[1]) for text in (said[size], said[1]))
+            assert found == pytest.approx(expected, abs=2e-4), figure
+        assert said[size].count("Results are in") == 1
+    again = stored(data_root, "first")
+    assert [(row.task, row.metric, row.step) for row in again] == [(row.task, row.metric, row.step) for row in kept]
+
+
+def test_a_rank_that_fails_ends_all_with_its_own_traceback_first(n, trained, bundle, data_root):
+    on_ranks(data_root, 2)
+    out, err = io.StringIO(), io.StringIO()
+    program = (sys.executable, str(Path(__file__).with_name("failing_eval_rank.py")))
+    context = Context(data_root, {}, make_console(out), make_console(err), program=program)
+    asked = ["eval", trained, "--tasks", "core/copa", "--data", str(bundle), "--max-tokens", "16"]
+    began = time.monotonic()
+    assert run(asked, context) == 1
+    assert time.monotonic() - began < 120, "far from rdep.timeout_s"
+    told = err.getvalue()
+    assert told.startswith("Traceback")
+    assert "RuntimeError: on purpose" in told.partition("Rank 1 of 2")[0]
+    assert re.search(r"Rank 1 of 2 \(process \d+\) ended with exit code 1; ", told)
+    assert "Results are in" not in out.getvalue()
+    assert stored(data_root, trained) == []
+    assert not list((data_root / "runs" / trained).rglob("results.csv"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--gpus", "3"], 2, "4 experts divide"),
+        (["--gpus", "2"], 5, "expected 2 visible GPUs"),
+        (["--gpus", "0"], 2, "--gpus: expected 1 or more"),
+        (["--gpus", "2", "--device", "cpu"], 2, "--device cpu"),
+        (["--gpus", "2", "--kernels", "reference"], 2, "native kernels"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(n, trained, monkeypatch, options, code, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    outcome = n("eval", trained, *options)
+    assert (outcome.code, said in outcome.err) == (code, True), outcome.err
+
+
+def test_torchruns_ranks_are_the_ones_that_are_asked_for(trained, data_root):
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    err = io.StringIO()
+    context = Context(data_root, place, make_console(io.StringIO()), make_console(err))
+    assert run(["eval", trained, "--gpus", "2"], context) == 2
+    assert "WORLD_SIZE=4" in err.getvalue()
+
+
+def test_a_request_is_passed_on_whole():
+    asked = EvalRequest(
+        "r@2", ("core", "bpb"), 3, Path("d"), Path("o"), True, True, 64, "byte", 16, 4, "cuda", "native", 2
+    )
+    words = asked.arguments()
+    assert words[:2] == ["eval", "r@2"]
+    for field in dataclasses.fields(asked)[2:]:
+        assert f"--{field.name.replace('_', '-')}" in words, "what is left out, ranks would not know"

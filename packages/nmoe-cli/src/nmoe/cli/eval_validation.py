@@ -1,11 +1,12 @@
 """`n eval`'s task `validation`: a run's validation set, every token scored once."""
 
 import sqlite3
-from pathlib import Path
 
 from nmoe.cli.console import print_line, print_summary
 from nmoe.cli.context import Context
 from nmoe.cli.errors import UsageError
+from nmoe.cli.eval_model import EvalModel, Plan
+from nmoe.cli.eval_request import EvalRequest
 from nmoe.cli.open_model import OpenModel
 from nmoe.cli.run_data import RunData, open_run_data, validation_set
 from nmoe.cli.tokenizer_name import check_same_tokenizer, model_tokenizer
@@ -17,50 +18,35 @@ from nmoe.train.experiments import Experiments
 from nmoe.train.run_folder import RunFolder
 
 
-def show_validation(
-    run: str,
-    opened: OpenModel,
-    context: Context,
-    data: Path | None,
-    tokenizer: str | None,
-    length: int,
-    batch_size: int,
-    limit: int | None,
-) -> None:
-    """Scores a validation set and prints what came of it; records it, if it is what the run itself would measure of its
-    last state.
-
-    Args:
-        run: as the model was named.
-        opened: the model.
-        context: the process.
-        data: a prepared folder or a shard set; None: the run's own.
-        tokenizer: for a model that names none.
-        length: tokens a window.
-        batch_size: windows at once.
-        limit: only the first so many windows.
+def show_validation(request: EvalRequest, plan: Plan, measured: EvalModel, context: Context) -> None:
+    """Scores a validation set, the run's own or the one that is asked for, in windows of the plan's length; rank 0
+    prints what came of it, and records it, if it is what the run itself would measure of its last state.
 
     Raises:
         UsageError: there is no validation set.
         DataError: it is damaged, or of another tokenizer.
     """
+    opened, data, length = measured.opened, request.data, plan.length
     config = opened.config
     if data is not None:
-        model_tokenizer(opened.folder, tokenizer)  # refuses to go without one
-        name = tokenizer if tokenizer is not None else opened.folder.document("tokenizer")["name"]
+        model_tokenizer(opened.folder, request.tokenizer)  # refuses to go without one
+        name = request.tokenizer if request.tokenizer is not None else opened.folder.document("tokenizer")["name"]
         nested = (data / "val").is_dir()
         section = DataConfig(tokenizer=name, path=data, val_path=None if nested else data)
     elif config is not None:
         section = config.data
     else:
-        raise UsageError(f"{run} is no run and names no data: add --data DIR (n data prep makes one)")
+        raise UsageError(f"{request.run} is no run and names no data: add --data DIR (n data prep makes one)")
     tokens = open_run_data(section, opened.model.config.vocab_size, length, context)
     check_same_tokenizer(opened.folder, tokens.tokenizer)
     if tokens.val is None:
         raise UsageError("the run's data has no validation set: add --data DIR")
     masking = config is not None and config.data.document_masking
-    windows = validation_set(tokens.val, length, batch_size, document_masking=masking)
-    result = validate(opened.model, windows, limit)
+    windows = validation_set(tokens.val, length, request.batch_size, document_masking=masking)
+    result = validate(opened.model, windows, request.limit, measured.world)
+    measured.settle()
+    if measured.world.rank != 0:
+        return
     rows = [
         ("model", str(opened.located.folder)),
         ("data", f"{tokens.val}, {result.n_tokens:,} tokens in windows of {length}"),
@@ -70,8 +56,8 @@ def show_validation(
     gzip = tokens.val.gzip_bits_per_byte
     if gzip is not None:
         rows.append(("gzip -9", f"{gzip:.4f} bits a byte on the same text"))
-    print_summary(context.console, f"Evaluation of {run}", rows)
-    if data is None and limit is None and config is not None and length == config.train.seq_len:
+    print_summary(context.console, f"Evaluation of {request.run}", rows)
+    if data is None and request.limit is None and config is not None and length == config.train.seq_len:
         _record(opened, tokens, result, context)
 
 

@@ -59,7 +59,7 @@ class Ended:
 
 
 def run_ranks(
-    n_ranks: int, command: Sequence[str], environ: Mapping[str, str], folder: Path, console: Console
+    n_ranks: int, command: Sequence[str], environ: Mapping[str, str], folder: Path | None, console: Console
 ) -> Ended:
     """Runs `command` as `n_ranks` processes, and returns once all have ended.
 
@@ -70,7 +70,8 @@ def run_ranks(
         n_ranks: W.
         command: program and arguments, the same for all.
         environ: their environment, but for what tells them their place.
-        folder: of the run. Logs go to `logs/rank_<k>.log` in it, from when it holds a `config.toml`.
+        folder: of the run. Logs go to `logs/rank_<k>.log` in it, from when it holds a `config.toml`. None: nothing is
+            kept but what a failure is told with.
         console: shows what rank 0 prints.
 
     Raises:
@@ -166,7 +167,7 @@ class _Rank:
 class _Supervisor:
     """Reads what ranks say, passes signals on, and ends all when one fails."""
 
-    def __init__(self, ranks: Sequence[_Rank], folder: Path, console: Console) -> None:
+    def __init__(self, ranks: Sequence[_Rank], folder: Path | None, console: Console) -> None:
         self.ranks, self.folder, self.console = ranks, folder, console
         self.received: list[int] = []
         """Signals to be passed on; grows by what a handler notes."""
@@ -238,9 +239,10 @@ class _Supervisor:
         return found
 
     def _place_logs(self) -> None:
-        if self.ranks[0].log.path is None and (self.folder / "config.toml").is_file():
+        folder = self.folder
+        if folder is not None and self.ranks[0].log.path is None and (folder / "config.toml").is_file():
             for rank in self.ranks:
-                rank.log.move_to(self.folder / "logs" / f"rank_{rank.rank}.log")
+                rank.log.move_to(folder / "logs" / f"rank_{rank.rank}.log")
 
     def _show(self, text: str, *, final: bool = False) -> None:
         if final:

@@ -56,12 +56,12 @@ def is_rank(environ: Mapping[str, str]) -> bool:
     return "RANK" in environ and "WORLD_SIZE" in environ
 
 
-def place_of(environ: Mapping[str, str], world_size: int) -> Place | None:
+def place_of(environ: Mapping[str, str], world_size: int | None) -> Place | None:
     """This process's place; None where nobody gave it one.
 
     Args:
         environ: of the process.
-        world_size: ranks that the configuration asks for.
+        world_size: ranks that the configuration asks for; None: however many there are.
 
     Raises:
         UsageError: a variable is missing or no number, or the configuration wants another number of ranks.
@@ -77,7 +77,7 @@ def place_of(environ: Mapping[str, str], world_size: int) -> Place | None:
         serves=environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         lifeline=_number(environ, LIFELINE) if LIFELINE in environ else None,
     )
-    if place.size != world_size:
+    if world_size is not None and place.size != world_size:
         raise UsageError(
             f"expected as many ranks as runtime.world_size, found WORLD_SIZE={place.size} in the environment and "
             f"runtime.world_size = {world_size}: use --set runtime.world_size={place.size}, or start {world_size}; "

@@ -44,7 +44,8 @@ def train_on_ranks(request: Request, context: Context) -> int:
         return ended.code  # rank 0 has said all
     begun = run.config.is_file()
     if ended.failure is not None:
-        _tell_failure(ended, ended.failure, run, context, begun=begun)
+        where = f"what each rank said is in {run.path / 'logs'}" if begun else "the run had not begun"
+        tell_failure(ended, ended.failure, context, where)
     if begun:
         _record(ended, run, experiments, context)
         print_line(context.error_console, f"The run is in {run.path}; {resume_hint(request, run, context)}")
@@ -53,12 +54,11 @@ def train_on_ranks(request: Request, context: Context) -> int:
     return ended.code
 
 
-def _tell_failure(ended: Ended, failure: Failure, run: RunFolder, context: Context, *, begun: bool) -> None:
-    """The failing rank's own words first; then which it was, and what there is of the others."""
+def tell_failure(ended: Ended, failure: Failure, context: Context, what_now: str) -> None:
+    """The failing rank's own words first; then which it was, `what_now`, and what there is of the others."""
     console, n_ranks = context.error_console, len(ended.pids)
     console.file.write(failure.errors)
-    where = f"what each rank said is in {run.path / 'logs'}" if begun else "the run had not begun"
-    print_line(console, f"Rank {failure.rank} of {n_ranks} (process {failure.pid}) {failure.how}; {where}")
+    print_line(console, f"Rank {failure.rank} of {n_ranks} (process {failure.pid}) {failure.how}; {what_now}")
     for rank, text in ended.others.items():
         print_line(console, f"== rank {rank}")
         console.file.write(text)

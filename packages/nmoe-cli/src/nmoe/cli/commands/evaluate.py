@@ -35,8 +35,14 @@ def evaluate(
     batch_size: Annotated[int, Parameter(help="Windows at once, of validation and bpb.")] = 8,
     device: DeviceName = None,
     kernels: KernelsName = None,
+    gpus: Annotated[
+        int | None,
+        Parameter(
+            help="Measure on so many GPUs of this machine; left out: on one, or on as many CPU ranks as the run."
+        ),
+    ] = None,
     context: Injected,
-) -> None:
+) -> int:
     """Measure a model: by default, validation loss and bits per byte, every validation token scored once.
 
     `n runs` shows the validation loss if it is the run's own: of its newest checkpoint, on its data, as it was trained.
@@ -46,56 +52,33 @@ def evaluate(
 
     if list_tasks:
         _list(context)
-        return
+        return 0
     names = list(dict.fromkeys(name for part in tasks.split(",") if (name := part.strip())))
     if run is None:
         raise UsageError("expected a model to measure, found none: name a run or a folder, or add --list")
     if not names:
         raise UsageError("expected --tasks with a name at least, found none: --list says which there are")
-    for option, value in (("--limit", limit), ("--max-tokens", max_tokens), ("--seq-len", seq_len)):
+    numbers = (("--limit", limit), ("--max-tokens", max_tokens), ("--seq-len", seq_len), ("--gpus", gpus))
+    for option, value in numbers:
         if value is not None and value < 1:
             raise UsageError(f"{option}: expected 1 or more, found {value}")
-    from nmoe.cli.eval_inputs import open_suites
-    from nmoe.cli.eval_tasks import BITS_PER_BYTE
-    from nmoe.cli.open_model import open_model
-    from nmoe.eval.schema import VALIDATION
+    from nmoe.cli.eval_request import EvalRequest
+    from nmoe.cli.eval_run import run_evaluation
 
-    benchmarks = [name for name in names if name not in (VALIDATION, BITS_PER_BYTE)]
-    if data is not None and 0 < len(benchmarks) < len(names):
+    request = EvalRequest(
+        run, tuple(names), limit, data, out, allow_missing, unsafe_exec, max_tokens, tokenizer, seq_len, batch_size,
+        device, kernels, gpus,
+    )  # fmt: skip
+    if data is not None and 0 < len(request.benchmarks) < len(names):
         raise UsageError(
             "--data is either a text, for validation and bpb, or other tasks' data: call n eval once for each"
         )
-    suites = open_suites(benchmarks, data, context, allow_missing=allow_missing, unsafe_exec=unsafe_exec)
-    opened = open_model(run, context, device, kernels)
-    length = seq_len or (opened.config.train.seq_len if opened.config else None)
-    if length is None:
-        raise UsageError(f"{run} is no run and names no sequence length: add --seq-len")
-    if VALIDATION in names:
-        from nmoe.cli.eval_validation import show_validation
-
-        show_validation(run, opened, context, data, tokenizer, length, batch_size, limit)
-    measured = [name for name in names if name != VALIDATION]
-    if not measured:
-        return
-    from nmoe.cli.console import print_line
-    from nmoe.cli.eval_report import record, results_folder, show
-    from nmoe.cli.eval_tasks import measure_tasks, measure_text, recorded_name
-
-    wants_text = BITS_PER_BYTE in names
-    text = measure_text(opened, context, data, tokenizer, length, batch_size, limit) if wants_text else []
-    results = measure_tasks(opened, context, suites, tokenizer, length, max_tokens, limit, text)
-    located = opened.located
-    parent = located.folder if located.run is None else located.run.path
-    folder = out if out is not None else results_folder(parent, located.step, measured, limit)
-    show(context.console, results)
-    results.write(folder)
-    print_line(context.console, f"Results are in {folder}")
-    record(results, recorded_name(opened, context), located.step, context)
+    return run_evaluation(request, context)
 
 
 def _list(context: Context) -> None:
     from nmoe.cli.console import print_table
-    from nmoe.cli.eval_tasks import BITS_PER_BYTE
+    from nmoe.cli.eval_request import BITS_PER_BYTE
     from nmoe.eval.registry import entries
     from nmoe.eval.schema import VALIDATION
 
