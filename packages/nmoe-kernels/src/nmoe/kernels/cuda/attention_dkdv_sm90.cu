@@ -11,7 +11,6 @@
 //
 // Compile-time choices (-D):
 //   WIDTH    128 or 192 columns of queries and keys, at most
-//   VALUE    128 columns of values, at most
 //   STAGES   depth of the ring
 //   SUMS     EARLY, those of values are multiplied beside the weights' gradients; STAGED, beside those of keys and the next
 //            scores, and the left operand of those of keys is what is staged for the workspace: it takes no registers
@@ -36,7 +35,7 @@ struct Params {
   int heads;
   int length;
   int window;
-  int blocks;      // of 128 keys
+  int blocks;      // of 128 keys, in a head
   int first_head;  // of all B × H
   int n_heads;     // of this launch
   float exponent;  // scale · log2 e
@@ -45,13 +44,14 @@ struct Params {
 
 namespace {
 
+constexpr int kValue = 128;  // columns of values, at most
 constexpr int kKeys = 128;   // a block
 constexpr int kGroup = 64;   // keys of a warpgroup
 constexpr int kQueries = 64;  // a tile
 constexpr int kK = WIDTH / 64 * kKeys * 128;     // bytes of keys
-constexpr int kV = VALUE / 64 * kKeys * 128;
+constexpr int kV = kValue / 64 * kKeys * 128;
 constexpr int kQ = WIDTH / 64 * kQueries * 128;   // of a tile of queries
-constexpr int kDout = VALUE / 64 * kQueries * 128;
+constexpr int kDout = kValue / 64 * kQueries * 128;
 constexpr int kStage = kQ + kDout;
 constexpr int kChunk = 16 * 128;                 // a warp's 16 keys of 64 queries, swizzled
 constexpr int kRing = kK + kV;
@@ -79,7 +79,7 @@ __device__ __forceinline__ int last_seen(const Params& p, int batch, int key) {
   key = min(key, p.length - 1);
   int last = min(key + p.window, p.length) - 1;
   if (p.last) last = min(last, uniform(p.last[long(batch) * p.length + key]));
-  return last;
+  return max(last, key);  // so that a block always ends, whatever the documents are
 }
 
 // Blocks with the most queries first; heads run fastest.
@@ -122,13 +122,13 @@ __device__ __forceinline__ void produce(const Params& p, u32 memory, const Barri
       if (t == 0) {
         barrier_expect(barriers.v, kV);
 #pragma unroll
-        for (int c = 0; c < VALUE / 64; ++c) {
+        for (int c = 0; c < kValue / 64; ++c) {
           tma_load(memory + kK + c * kKeys * 128, &p.v, barriers.v, c * 64, work.key, work.head, work.batch);
         }
       }
       barrier_expect(full_dout, kDout);
 #pragma unroll
-      for (int c = 0; c < VALUE / 64; ++c) {
+      for (int c = 0; c < kValue / 64; ++c) {
         tma_load(q + kQ + c * kQueries * 128, &p.dout, full_dout, c * 64, query, work.head, work.batch);
       }
     }
@@ -271,7 +271,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 memory, const Barri
   u32 begin = 0, end = 0, far = 0;
   if (key < p.length) {
     begin = group * kGroup / kQueries;
-    end = (last_seen(p, work.batch, key + kGroup - 1) - work.key) / kQueries + 1;
+    end = min((last_seen(p, work.batch, key + kGroup - 1) - work.key) / kQueries + 1, work.tiles);
     far = (last_seen(p, work.batch, key) - work.key + 1) / kQueries;
   }
   // The tile's place in the workspace.
@@ -320,7 +320,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 memory, const Barri
 
   skip(0, begin);
   if (begin < end) {
-    float dk[WIDTH / 2], dv[VALUE / 2], weight[kQueries / 2];
+    float dk[WIDTH / 2], dv[kValue / 2], weight[kQueries / 2];
     // ptxas would put exponentials off until the products before are done, were it not for a store that needs them all, and
     // never happens, as no weight is below 0.
     auto end_scores = [&](float (&score)[kQueries / 2], u32 t) {
@@ -338,7 +338,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 memory, const Barri
       start_dweights(dweight, numbers_at(t));
       barrier_wait(barriers.full_dout + 8 * (t % STAGES), t / STAGES & 1);
       wgmma_fence();
-      multiply_scores<VALUE, true>(dweight, v, tile_at(t) + kQ);
+      multiply_scores<kValue, true>(dweight, v, tile_at(t) + kQ);
       wgmma_commit();
 #if SUMS == EARLY
       pack(weight, left);

@@ -48,7 +48,7 @@ __device__ __forceinline__ int first_block(const Params& p, int batch, int block
   const int query = min(block * kBlock, p.length - 1);
   int key = max(query - p.window + 1, 0);
   if (p.start) key = max(key, p.start[long(batch) * p.length + query]);
-  return key / kBlock;
+  return min(key, query) / kBlock;
 }
 
 // Heads in groups, whose keys L2 holds; in a group the longest first.
@@ -144,11 +144,13 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
     const Tile tile = tile_of(p, t);
     const int block = tile.query / kBlock + group;
     const bool exists = block * kBlock < p.length;
-    const int begin = exists ? 2 * first_block(p, tile.batch, block) : tile.last;
+    // Within the tile's steps whatever the documents are, so that a block always ends.
+    const int begin = exists ? max(2 * first_block(p, tile.batch, block), tile.first) : tile.last;
     const int end = exists ? 2 * (block + 1) : tile.last;
     float acc[2][WIDTH / 2];
     for (int step = tile.first; step < begin; ++step, ring.advance()) {
       barrier_wait(full + 8 * ring.stage(), ring.parity());
+      __syncwarp();
       release(ring.stage());
     }
     u32 last = 0;
@@ -173,6 +175,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
     for (int m = 0; m < 2; ++m) keep_after_wait(acc[m]);
     for (int step = end; step < tile.last; ++step, ring.advance()) {
       barrier_wait(full + 8 * ring.stage(), ring.parity());
+      __syncwarp();
       release(ring.stage());
     }
     if (exists) {

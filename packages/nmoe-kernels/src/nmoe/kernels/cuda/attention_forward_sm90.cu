@@ -82,7 +82,7 @@ __device__ __forceinline__ void stay_before(float x) {
 struct Tile {
   int batch, head;
   int query;  // the first; -1: there are no more tiles
-  int first;  // key tile that one of its queries sees
+  int first;  // the first key tile that one of its queries sees
 };
 
 __device__ __forceinline__ Tile as_tile(int4 v) { return {v.x, v.y, v.z, v.w}; }

@@ -115,11 +115,3 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[64], const u32* a, u6
                : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16), NMOE_ACC16(d, 32), NMOE_ACC16(d, 48)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
-
-__device__ __forceinline__ void wgmma_registers(float (&d)[96], const u32* a, u64 b, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %101, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" NMOE_D96 "}, "
-               "{%96, %97, %98, %99}, %100, p, 1, 1, 1;\n}\n"
-               : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16), NMOE_ACC16(d, 32), NMOE_ACC16(d, 48), NMOE_ACC16(d, 64), NMOE_ACC16(d, 80)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
-}

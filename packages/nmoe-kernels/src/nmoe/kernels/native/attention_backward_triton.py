@@ -5,6 +5,8 @@ Scores are computed in both, seven products in place of five: so neither waits f
 in the order of the day.
 
 The first goes before the second, which reads what it leaves: each query's sum of output times its gradient.
+
+Source: FlashAttention-2 (arXiv:2307.08691), algorithm 2; the two passes are ours.
 """
 
 import math

@@ -1,8 +1,9 @@
 """The first kernel of causal attention's backward on Hopper: gradients of keys and values, and those of the scores,
 from which a product makes the queries' (`attention_dq_cuda`).
 
-Scores and weights are made once, four products. The scores' gradients (bf16, without scale) go to a workspace that
-holds no more than what is visited. With b = key // 128, n = ceil(S / 128) and W the window, element (key, query) is at
+Scores and weights are made once, four products. The scores' gradients (bf16, without scale) go to a workspace of little
+more than the pairs that a window lets through, or of half the square. With b = key // 128, n = ceil(S / 128) and W the
+window, element (key, query) is at
 
 - under a window (a band): row key, column query - 128 b, of 128 + W - 1 columns, up to a multiple of 128;
 - without one (folded): if 2 b <= n - 1, row key, column query + 128; else row 128 (n - 1 - b) + key % 128, column
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from nmoe.kernels.native.attention_heads_cuda import ARCHES, CHUNK_BYTES, CHUNK_ROWS, COLUMNS, heads_map
+from nmoe.kernels.native.attention_tiles_triton import WIDEST_VALUE
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap, tensor_map
 
@@ -37,29 +39,28 @@ class Plan:
     """How one kernel is made; the fields are attention_dkdv_sm90.cu's macros."""
 
     width: int
-    value: int
     stages: int
     sums: int
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic, of a block: keys, values, the ring with its numbers, what is staged, barriers, and a spare."""
-        columns = self.width + self.value
+        columns = self.width + WIDEST_VALUE
         stage = columns * _QUERIES * 2 + _QUERIES * 8
         return columns * KEYS * 2 + self.stages * stage + _WARPS * CHUNK_BYTES + 8 * (2 + 3 * self.stages) + 16
 
     def source(self, fold: bool) -> CudaSource:
         """Of this plan's kernel for one layout of the workspace."""
-        macros = ("width", "value", "stages", "sums")
-        name = f"attention_dkdv_{self.width}_{self.value}_{'fold' if fold else 'band'}"
+        macros = ("width", "stages", "sums")
+        name = f"attention_dkdv_{self.width}_{'fold' if fold else 'band'}"
         defines = (*((macro.upper(), getattr(self, macro)) for macro in macros), ("FOLD", int(fold)))
         return CudaSource(name, "attention_dkdv_sm90.cu", "attention_dkdv", ARCHES, defines)
 
 
-PLANS = {(128, 128): Plan(128, 128, 4, _EARLY), (192, 128): Plan(192, 128, 3, _STAGED)}
-"""By the most columns of keys and of values."""
+PLANS = (Plan(128, 4, _EARLY), Plan(192, 3, _STAGED))
+"""The first that is wide enough for the keys is taken."""
 
-_KERNELS = {(plan, fold): CudaKernel(plan.source(fold)) for plan in PLANS.values() for fold in (False, True)}
+_KERNELS = {(plan, fold): CudaKernel(plan.source(fold)) for plan in PLANS for fold in (False, True)}
 
 SOURCES = tuple(kernel.source for kernel in _KERNELS.values())
 """Every compile of this module."""
@@ -118,7 +119,7 @@ def dkdv(
     """
     _, heads, length, width = q_BHSd.shape
     n_heads = dscore.shape[0]
-    plan = next(plan for most, plan in PLANS.items() if width <= most[0] and v_BHSv.shape[3] <= most[1])
+    plan = next(plan for plan in PLANS if width <= plan.width)
     blocks = -(-length // KEYS)
     params = _Params(
         q=heads_map(q_BHSd, _QUERIES),

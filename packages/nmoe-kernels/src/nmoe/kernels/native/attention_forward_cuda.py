@@ -71,7 +71,8 @@ PLANS = {
     (192, 128): (Plan(192, 128, 3, 64, 2, 1, True), Plan(192, 128, 2, 128, 2, 1, True)),
 }
 """By the most columns of keys and of values: for windows and documents, and for whole samples. The fastest found on an
-H200 at B 8, H 16, S 4096 (128: B 32, H 6, S 2048; 64: B 32, H 12, S 2048), windows of 128 and 512, and none."""
+H200 at B 8, H 16, S 4096 (128: B 32, H 6, S 2048; 64: B 32, H 12, S 2048): for windows of 128 and 512 together, and for
+none."""
 
 _KERNELS = {plan: CudaKernel(plan.source) for plans in PLANS.values() for plan in plans}
 
@@ -90,7 +91,8 @@ class _Params(ctypes.Structure):
 
 
 def plan_of(width: int, value: int, *, whole: bool) -> Plan:
-    """For keys of `width` and values of `value` columns, at most 192 and 128; `whole`: samples without a window."""
+    """For keys of `width` and values of `value` columns, at most 192 and 128; `whole`: no documents, and queries that
+    see more than 1024 keys."""
     return next(plans for most, plans in PLANS.items() if width <= most[0] and value <= most[1])[whole]
 
 

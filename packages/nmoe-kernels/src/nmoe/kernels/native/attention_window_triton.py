@@ -1,14 +1,9 @@
-"""Causal attention to a window of keys, within documents or whole samples, forward and backward, with the same bits in
-every run.
+"""Causal attention's forward to a window of keys, within documents or whole samples, with the same bits in every run.
 
-Forward, a program owns a block of queries and goes through the keys that one of them sees. Backward, one kernel does
-the same for the queries' gradient, and a second goes through the queries that see a block of keys: nothing is summed
-by more than one program. Documents shorten these loops, and hide what tiles at their edges have of others.
+A program owns a block of queries and goes through the keys that one of them sees. Documents shorten this loop, and hide
+what tiles at their edges have of others. Scores, softmax and sums are fp32, operands of products bf16.
 
-Scores, softmax and sums are fp32, operands of products bf16. Kept for the backward: the inputs, the output, and for
-each query the score at which a key's weight would be 1: the logarithm of the softmax's sum, over the scale.
-
-Sources: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2; the mask and the two passes of the backward are ours.
+Source: FlashAttention-2 (arXiv:2307.08691), algorithm 1; the mask is ours.
 
 Shapes: B batch, H heads, S positions, d query-key width, v value width.
 """
