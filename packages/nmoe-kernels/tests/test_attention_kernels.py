@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 from nmoe.kernels.native import attention as native
-from nmoe.kernels.native import attention_backward_cuda, attention_cudnn, attention_forward_cuda
+from nmoe.kernels.native import attention_backward_cuda, attention_cudnn, attention_forward_cuda, attention_wide_cuda
 from nmoe.kernels.native import attention_backward_triton as backward
 from nmoe.kernels.native import attention_tiles_triton as tiles
 from nmoe.kernels.native import attention_window_triton as forward
@@ -371,7 +371,8 @@ def test_what_runs_without_a_kernel(
 @pytest.mark.parametrize(
     ("hopper", "widths", "length", "window", "documents", "expected"),
     [
-        (True, (64, 64), 8, None, False, ("CUDA", "Triton")),
+        (True, (64, 64), 8, None, False, ("CUDA", "CUDA")),
+        (True, (64, 64), 32_768, None, True, ("CUDA", "CUDA")),
         (True, (128, 128), 8, 7, False, ("CUDA", "CUDA")),
         (True, (192, 128), 4096, None, True, ("CUDA", "CUDA")),
         (True, (48, 80), 4096, None, True, ("CUDA", "CUDA")),
@@ -417,7 +418,7 @@ def test_which_kernels_run(
 def test_scores_of_some_heads_at_a_time_find_room(n_heads: int, length: int, window: int) -> None:
     """All heads in as few launches as the workspace allows, none much smaller than another; and two blocks of keys that
     share rows of it take no column twice."""
-    cuda = attention_backward_cuda
+    cuda = attention_wide_cuda
     rows, columns = cuda.workspace_shape(length, window)
     at_once = cuda.heads_at_once(n_heads, length, window)
     if at_once == 0:
@@ -455,6 +456,11 @@ ON_GPU = [
     (1, 2, 256, 48, 32, 256),
     (3, 5, 1290, 112, 96, 1290),
     (1, 2, 2, 128, 64, 2),
+    (1, 2, 1, 64, 64, 1),
+    (1, 3, 65, 16, 64, 65),
+    (1, 5, 200, 64, 16, 1),
+    (3, 25, 130, 64, 64, 77),
+    (1, 2, 8700, 64, 64, 8700),
 ]
 """B, H, S, d, v, window: of some, and none."""
 
@@ -464,6 +470,7 @@ IN_DOCUMENTS_ON_GPU = [
     (1, 4, 700, 192, 128, 512),
     (1, 2, 333, 80, 48, 65),
     (2, 2, 1500, 64, 64, 1500),
+    (3, 20, 200, 32, 48, 129),
     (2, 2, 1500, 128, 128, 1500),
     (2, 2, 1500, 192, 128, 1500),
     (1, 2, 4096, 192, 128, 4096),
@@ -552,8 +559,8 @@ class TestOnGpu:
         for starts in (None, start_BS):
             expected = results(given, dout, window, starts)
             for room in (1 << 23, 1 << 25):
-                monkeypatch.setattr(attention_backward_cuda, "WORKSPACE_BYTES", room)
-                monkeypatch.setattr(attention_backward_cuda, "_LEAST_BLOCKS", 0)
+                monkeypatch.setattr(attention_wide_cuda, "WORKSPACE_BYTES", room)
+                monkeypatch.setattr(attention_wide_cuda, "_LEAST_BLOCKS", 0)
                 sick = torch.full((1 << 28,), float("nan"), dtype=torch.bfloat16, device=gpu)
                 del sick
                 found = results(given, dout, window, starts)
@@ -644,7 +651,7 @@ class TestOnGpu:
         """The last positions of tensors whose elements no int32 counts: the bits of a batch of these alone."""
         if torch.cuda.mem_get_info()[0] < 60 << 30:
             pytest.skip("needs 60 GiB of free device memory")
-        monkeypatch.setattr(attention_backward_cuda, "WORKSPACE_BYTES", 1 << 29)  # a head's scores fit
+        monkeypatch.setattr(attention_wide_cuda, "WORKSPACE_BYTES", 1 << 29)  # a head's scores fit
         length, last, window = 5888 * 128, 512, 100
         assert length * 16 * 192 > 1 << 31
         q, k, v, dout = (

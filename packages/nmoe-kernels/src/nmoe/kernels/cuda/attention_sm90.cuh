@@ -50,35 +50,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // --- wgmma ----------------------------------------------------------------------------------------------------------
 
-#define NMOE_D32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NMOE_D64 NMOE_D32 ", " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NMOE_D96 NMOE_D64 ", " \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define NMOE_NEW4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
 #define NMOE_NEW16(d, i) NMOE_NEW4(d, i), NMOE_NEW4(d, i + 4), NMOE_NEW4(d, i + 8), NMOE_NEW4(d, i + 12)
-
-template <int TRANSPOSE_A, int TRANSPOSE_B>
-__device__ __forceinline__ void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NMOE_D32 "}, "
-               "%32, %33, p, 1, 1, %35, %36;\n}\n"
-               : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16)
-               : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
-}
-
-template <int TRANSPOSE_A, int TRANSPOSE_B>
-__device__ __forceinline__ void wgmma(float (&d)[96], u64 a, u64 b, int accumulate) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" NMOE_D96 "}, "
-               "%96, %97, p, 1, 1, %99, %100;\n}\n"
-               : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16), NMOE_ACC16(d, 32), NMOE_ACC16(d, 48), NMOE_ACC16(d, 64), NMOE_ACC16(d, 80)
-               : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
-}
 
 // D (64 x N, fp32) = A (64 x 16) B (16 x N), both in shared memory with the reduction contiguous: what D had is not read,
 // so that the compiler keeps it nowhere.
@@ -98,14 +71,16 @@ __device__ __forceinline__ void wgmma_first(float (&d)[64], u64 a, u64 b) {
                : "l"(a), "l"(b));
 }
 
-// D (64 x N, fp32) (+)= A (64 x 16) B (16 x N): A in registers, B in shared memory with the reduction strided. In A, as in
-// an accumulator's columns 16 k to 16 k + 15, a thread has words 0 and 2 of row lane / 4, and 1 and 3 of the row 8 below.
+// D (64 x N, fp32) (+)= A (64 x 16) B (16 x N): A in registers, B in shared memory, with the reduction strided if TRANSPOSE_B
+// is 1. In A, as in an accumulator's columns 16 k to 16 k + 15, a thread has words 0 and 2 of row lane / 4, and 1 and 3 of the
+// row 8 below.
+template <int TRANSPOSE_B = 1>
 __device__ __forceinline__ void wgmma_registers(float (&d)[32], const u32* a, u64 b, int accumulate) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NMOE_D32 "}, "
-               "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+               "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
                : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(TRANSPOSE_B));
 }
 
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], const u32* a, u64 b, int accumulate) {

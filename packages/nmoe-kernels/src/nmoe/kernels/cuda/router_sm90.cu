@@ -21,18 +21,6 @@ struct Params {
   int n_tiles;
 };
 
-template <int TRANSPOSE_A, int TRANSPOSE_B>
-__device__ __forceinline__ void wgmma(float (&d)[32], u64 a, u64 b, int accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
-      : NMOE_ACC16(d, 0), NMOE_ACC16(d, 16)
-      : "l"(a), "l"(b), "r"(accumulate), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
-}
-
 namespace {
 
 constexpr int kK = 64;  // columns of x a stage: one 128-byte swizzle row

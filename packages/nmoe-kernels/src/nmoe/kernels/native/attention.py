@@ -2,7 +2,7 @@
 
 | | forward | backward |
 |---|---|---|
-| Hopper | CUDA | CUDA, or Triton where it does not take the sizes |
+| Hopper | CUDA | CUDA; wide heads of very long samples: Triton |
 | other GPUs, a window or documents | Triton | Triton |
 | other GPUs, else | cuDNN | Triton |
 

@@ -17,6 +17,7 @@ _CUDA_MODULES: tuple[str, ...] = (
     "nmoe.kernels.native.attention_dkdv_cuda",
     "nmoe.kernels.native.attention_dq_cuda",
     "nmoe.kernels.native.attention_forward_cuda",
+    "nmoe.kernels.native.attention_narrow_cuda",
     "nmoe.kernels.native.balance_cuda",
     "nmoe.kernels.native.combine_cuda",
     "nmoe.kernels.native.cross_entropy_cuda",
