@@ -5,9 +5,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from nmoe.cli.config import load_config
 from nmoe.cli.console import make_console
-from nmoe.cli.dry_run import print_dry_run
+from nmoe.cli.dry_run import device_memory, print_dry_run
 from nmoe.cli.errors import ExitCode
 from nmoe.cli.units import format_bytes
 from nmoe.train.memory import predict_memory
@@ -119,13 +120,21 @@ def test_recomputed_layers_tell_what_they_save_and_cost(n, config_file):
     assert row(table, "recomputed").startswith("layer 3: ")
 
 
+@pytest.mark.parametrize(("kernels", "listed"), [("native", False), ("reference", True)])
+def test_only_devices_that_the_kernels_are_for_are_listed(monkeypatch, kernels, listed):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    names = [name for name, _ in device_memory("cuda", kernels)]
+    assert "NVIDIA H200" in names
+    assert ("NVIDIA A100-SXM4-80GB" in names) == listed
+
+
 def test_what_does_not_fit_comes_with_the_layers_that_would_make_it_fit(n, monkeypatch, config_file):
     path = config_file(("n_layers = 2", "n_layers = 6"))
     config = load_config(path, (), environ={}).config
     one, every = (predict_memory(with_recomputed(config, layers)).total for layers in ([1], range(6)))
 
     def remedy(memory):
-        monkeypatch.setattr("nmoe.cli.dry_run.device_memory", lambda device: [("a device", memory)])
+        monkeypatch.setattr("nmoe.cli.dry_run.device_memory", lambda device, kernels: [("a device", memory)])
         outcome = n("train", path, "--dry-run")
         assert outcome.code == ExitCode.OK
         return row(outcome.out.partition("== ")[2], "remedy")

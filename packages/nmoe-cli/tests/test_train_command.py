@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from nmoe.cli import composition
 from nmoe.train.experiments import Experiments
 
@@ -49,8 +50,9 @@ def trained(n, small, prepared):
 def test_a_run_ends_with_curve_sample_and_summary(n, small, prepared, data_root):
     outcome = n("train", small, "--set", f"data.path={prepared}", *FAST)
     assert outcome.code == 0, outcome.err
-    for part in ("training loss by step", "Sample (", "val/bpb", "gzip -9", "Next:", "n generate", "n data prep"):
+    for part in ("training loss by step", "Sample (", "val/bpb", "gzip -9", "Next:", "n generate"):
         assert part in outcome.out
+    assert "n data prep" not in outcome.out  # these are the user's own data
     (run,) = (data_root / "runs").iterdir()
     assert re.search(rf"checkpoint +{re.escape(str(run))}/checkpoints/step_00000004", outcome.out)
     assert {"config.toml", "env.json", "metrics", "checkpoints"} <= {path.name for path in run.iterdir()}
@@ -78,6 +80,63 @@ def test_a_finished_run_is_not_repeated(n, small, prepared, trained):
     outcome = n("train", small, "--set", f"data.path={prepared}", *FAST, "--run-id", trained)
     assert outcome.code == 2
     assert "train.steps" in outcome.err
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(n, small, prepared, trained, data_root, options):
+    """As when a disk is not mounted: nothing is lost by it, and nothing is written over."""
+    folder = data_root / "runs" / trained / "checkpoints"
+    folder.rename(data_root / "elsewhere")
+    common = ["train", small, "--set", f"data.path={prepared}", *FAST, "--set", "train.steps=6", "--run-id", trained]
+    outcome = n(*common, *options)
+    assert outcome.code == 3
+    assert str(folder) in outcome.err
+    assert "expected a checkpoint of a run that has made 4 steps, found none" in outcome.err
+    with Experiments(data_root / "experiments.db") as experiments:
+        assert (experiments.get(trained).status, experiments.get(trained).step) == ("finished", 4)
+    shutil.rmtree(folder, ignore_errors=True)
+    (data_root / "elsewhere").rename(folder)
+    outcome = n(*common, *options)
+    assert outcome.code == 0, outcome.err
+    assert "step_00000006" in outcome.out
+
+
+def test_a_damaged_database_is_told_and_can_be_moved_away(n, small, prepared, trained, data_root):
+    database = data_root / "experiments.db"
+    database.write_bytes(b"junk, as of another program" * 100)
+    for command in (["runs"], ["train", small, "--set", f"data.path={prepared}", *FAST]):
+        outcome = n(*command)
+        assert outcome.code == 3
+        assert f"{database}: expected an SQLite database, found damage" in outcome.err
+    for path in data_root.glob("experiments.db*"):
+        path.unlink()
+    more = ["--set", "train.steps=6", "--run-id", trained]
+    outcome = n("train", small, "--set", f"data.path={prepared}", *FAST, *more)
+    assert outcome.code == 0, outcome.err
+
+
+def test_without_a_gpu_no_run_is_made(n, small, prepared, data_root):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    outcome = n("train", small, "--set", f"data.path={prepared}", *FAST, "--set", "runtime.device=cuda")
+    assert outcome.code == 5
+    assert "expected a visible GPU" in outcome.err
+    assert not (data_root / "runs").exists()
+
+
+def test_a_folder_that_is_not_prepared_is_told_from_one_of_prepared_ones(n, small, corpus, prepared):
+    outcome = n("train", small, "--set", f"data.path={prepared.parent}", *FAST)
+    assert outcome.code == 3
+    assert f"Give one of them: {prepared.name}." in outcome.err
+    outcome = n("train", small, "--set", f"data.path={corpus}", *FAST)
+    assert outcome.code == 3
+    assert "no manifest.json. Give a folder that n data prep wrote" in outcome.err
+
+
+def test_a_run_that_validates_nothing_says_so(n, small, prepared):
+    outcome = n("train", small, "--set", f"data.path={prepared / 'train'}", *FAST)
+    assert outcome.code == 0, outcome.err
+    assert "Nothing is validated" in outcome.out
 
 
 def test_no_resume_refuses_an_existing_run_and_resume_a_missing_one(n, small, prepared, trained):

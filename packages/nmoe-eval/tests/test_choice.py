@@ -230,6 +230,20 @@ def test_subjects_that_are_missing_are_told(data):
         load_choice(choice_specs()["boolq"], Sources(hub=False))
 
 
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch):
+    """And not for each of MMLU's 57 subjects, at half a minute of retries each."""
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(MissingDataError, match=r"task mmlu: .* no route to host: name the folder of a local copy"):
+        load_choice(choice_specs()["mmlu"], Sources(hub=True))
+    assert len(asked) == 1
+
+
 BROKEN = {
     "arc_easy": (arc, {"answerKey": "Z"}, "one of the labels"),
     "openbookqa": (openbookqa, {"choices": {"text": ["a", "b"], "label": ["A"]}}, "expected at least 2"),

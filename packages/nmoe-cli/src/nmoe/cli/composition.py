@@ -147,6 +147,8 @@ class Composition:
         steps = [f'{n} generate {run_id} --prompt "The "', f"{n} eval {run_id}"] if has_model else []
         if has_model and not export_problems(self.config.model):
             steps.append(f"{n} export {run_id} --output exported")
+        if data.path is not None or data.mixture is not None:  # one's own already
+            return steps
         prep = f"{n} data prep FILES --tokenizer {data.tokenizer} --output data/mine"
         return [*steps, f"{prep} && {n} train {path} --set data.path=data/mine"]
 

@@ -29,6 +29,8 @@ _CODES = {
     "nmoe.train.errors.NonFiniteError": ExitCode.DIVERGED,
     "nmoe.train.errors.PeerFaultError": ExitCode.PEER,
     "nmoe.train.errors.RefusedCheckpointError": ExitCode.DATA,
+    "nmoe.train.errors.MissingCheckpointsError": ExitCode.DATA,
+    "nmoe.train.errors.DamagedExperimentsError": ExitCode.DATA,
     "nmoe.train.errors.MetricsError": ExitCode.DATA,
     "nmoe.train.errors.CheckpointWriteError": ExitCode.ENVIRONMENT,
     "nmoe.train.errors.ExperimentsVersionError": ExitCode.ENVIRONMENT,

@@ -3,6 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from nmoe.cli.config import LoadedConfig, RunConfig, load_config
 from nmoe.cli.console import print_line
@@ -17,8 +18,9 @@ from nmoe.model.checkpoint import TensorFolder, open_folder
 from nmoe.model.errors import WeightsMismatchError
 from nmoe.model.weights import config_document, read_config, shape_problems
 from nmoe.train.checkpointer import load
-from nmoe.train.errors import UnknownRunError
+from nmoe.train.errors import MissingCheckpointsError, UnknownRunError
 from nmoe.train.experiments import Experiments, RunRow
+from nmoe.train.loop import Status
 from nmoe.train.run_folder import RunFolder
 from nmoe.train.state import check_identity
 from pydantic import JsonValue
@@ -141,6 +143,7 @@ def check_continuation(
     Raises:
         UsageError: the run has ended.
         IdentityMismatchError: keys or data differ; lists each, old and new.
+        MissingCheckpointsError: it was saved, and no checkpoint is there.
     """
     run, config = inputs.run, request.loaded.config
     before = load_config(run.config, environ=context.environ).config
@@ -151,13 +154,23 @@ def check_continuation(
             raise UsageError(f"run {row.run_id} reached its target loss at step {row.step}: leave out --run-id")
         if row.message != "target_reached" and config.train.steps <= row.step:
             raise UsageError(
-                f"run {row.run_id} has its {row.step} steps: add --set train.steps=… to go on, "
-                "or leave out --run-id for a new run"
+                f"run {row.run_id} has its {row.step} steps: add --set train.steps=… to go on at the learning rate "
+                f"that its schedule ends with, or start a new run, from nothing or with --from {row.run_id}"
             )
+    if checkpoint is None and row is not None and _was_saved(row, before):
+        raise MissingCheckpointsError(run.checkpoints, row.step)
     if checkpoint is not None:
         check_identity(checkpoint.document("identity"), inputs.identity(config))
     for change in diff(operational_fields(before), operational_fields(config)):
         print_line(context.console, f"{change.key}: {change.old} before, {change.new} now")
+
+
+def _was_saved(row: RunRow, config: RunConfig) -> bool:
+    """Whether a run got as far as a checkpoint: by its steps, or because it ended as it should."""
+    if not config.checkpoint.enabled or row.step == 0:
+        return False
+    every = config.checkpoint.every
+    return (every is not None and row.step >= every) or row.message in get_args(Status)
 
 
 def recorded(experiments: Experiments, run: RunFolder) -> RunRow | None:
@@ -180,9 +193,8 @@ def check_gpus(config: RunConfig) -> None:
     if config.runtime.device != "cuda" or (found := torch.cuda.device_count()) >= wanted:
         return
     remedy = f"use --gpus {found}, or a machine with more" if found else "`n doctor` says what this machine has"
-    raise EnvironmentNotReadyError(
-        f"expected {wanted} visible GPUs, one a rank (runtime.world_size = {wanted}), found {found}: {remedy}"
-    )
+    gpus = "a visible GPU" if wanted == 1 else f"{wanted} visible GPUs, one a rank"
+    raise EnvironmentNotReadyError(f"expected {gpus} (runtime.world_size = {wanted}), found {found}: {remedy}")
 
 
 def parse_profile(text: str | None) -> tuple[int, int] | None:

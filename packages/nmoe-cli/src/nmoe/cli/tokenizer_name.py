@@ -21,7 +21,10 @@ def tokenizer_name(folder: TensorFolder, given: str | None) -> str:
     if given is not None:
         return given
     if _DOCUMENT not in folder.document_names:
-        raise UsageError(f"{folder.path} names no tokenizer: add --tokenizer")
+        raise UsageError(
+            f"{folder.path} names no tokenizer: add --tokenizer byte, gpt2, o200k_harmony or a .tiktoken file; "
+            "given to `n import`, it is kept with the model"
+        )
     return str(folder.document(_DOCUMENT)["name"])
 
 

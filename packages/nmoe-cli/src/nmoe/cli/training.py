@@ -19,6 +19,7 @@ from nmoe.cli.run_inputs import (
     Inputs,
     Request,
     check_continuation,
+    check_gpus,
     open_inputs,
     open_loader,
     open_parent,
@@ -73,12 +74,16 @@ def _lead(request: Request, context: Context, world: World, place: Place | None)
     """The only rank, or rank 0 of several: it alone writes the run's folder and the database, and speaks."""
     config, console = request.loaded.config, context.console
     told = place is not None and place.trusts
+    if place is None:
+        check_gpus(config)
     run = RunFolder(context.data_root, request.run_id or new_run_id())
     inputs = open_inputs(request, run, _silent(context) if told else context, verify=not told)
     parent = inputs.parent
     suites = open_run_suites(config.eval, context)
     resolved, env = dump_toml(request.loaded.resolved), environment()
     env["threads"]["intra_op"] = config.runtime.threads or env["threads"]["intra_op"]
+    if inputs.data.val is None and "validation" in config.eval.tasks and not told:
+        print_line(console, "Nothing is validated: the data have no validation set, and data.val_path names none")
     if not inputs.continues:
         run.create(resolved, env)
     with run.lock(), Experiments(context.data_root / "experiments.db") as experiments:

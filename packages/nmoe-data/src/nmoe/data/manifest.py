@@ -128,6 +128,9 @@ def _missing(folder: Path) -> MissingShardSetError:
         found, remedy = "no such folder", "Check the path, or prepare the data (n data prep)."
     elif (folder / "train" / MANIFEST_NAME).exists():
         found, remedy = "a prepared folder that holds shard sets", f"Give {folder / 'train'} or its sibling val."
+    elif prepared := sorted(path.parents[1].name for path in folder.glob(f"*/train/{MANIFEST_NAME}")):
+        found, remedy = "a folder of prepared folders", f"Give one of them: {', '.join(prepared)}."
     else:
-        found, remedy = "no manifest.json", "Prepare the data again (n data prep): writing was cut short."
+        found = "no manifest.json"
+        remedy = "Give a folder that n data prep wrote, or prepare this one's again, if writing it was cut short."
     return MissingShardSetError(str(folder), expected="a shard set", found=found, remedy=remedy)

@@ -88,6 +88,8 @@ def load_choice(spec: ChoiceSpec, sources: Sources, shots: int | None = None) ->
             pool = load_split(sources, spec.dataset, config, spec.shots_split) if shots else None
         except MissingDataError as error:
             missing.append(error)
+            if sources.hub and not sources.allow_missing:
+                break  # a hub that cannot be reached is tried again and again: not for each group
             continue
         groups.append(_Group(config, items, pool))
     if missing and (not groups or not sources.allow_missing):

@@ -15,18 +15,19 @@ _Entry = TypeVar("_Entry")
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """Published limits of a device: dense bf16 FLOP/s, and device memory in bytes."""
+    """Published limits of a device: dense bf16 FLOP/s, and device memory in bytes; and its arch."""
 
     bf16_flops: float
     memory_bytes: int
+    arch: str
 
 
 # FLOP/s: vendor datasheets, dense (not sparse) bf16, SXM parts. Memory: what the driver reports.
 _LIMITS = {
-    "NVIDIA B200": DeviceLimits(2.25e15, 183_359 << 20),
-    "NVIDIA H200": DeviceLimits(989.4e12, 143_771 << 20),
-    "NVIDIA H100 80GB HBM3": DeviceLimits(989.4e12, 81_559 << 20),
-    "NVIDIA A100-SXM4-80GB": DeviceLimits(312e12, 81_920 << 20),
+    "NVIDIA B200": DeviceLimits(2.25e15, 183_359 << 20, "sm_100a"),
+    "NVIDIA H200": DeviceLimits(989.4e12, 143_771 << 20, "sm_90a"),
+    "NVIDIA H100 80GB HBM3": DeviceLimits(989.4e12, 81_559 << 20, "sm_90a"),
+    "NVIDIA A100-SXM4-80GB": DeviceLimits(312e12, 81_920 << 20, "sm_80"),
 }
 
 

@@ -50,7 +50,11 @@ class IdentityMismatchError(TrainError):
         lines = [f"  {key}: the run has {old!r}, now {new!r}" for key, old, new in self.changed]
         super().__init__(
             "\n".join(
-                ["the checkpoint was made under other settings. Restore them, or start a new run from it:", *lines]
+                [
+                    "the checkpoint was made under other settings. Restore them (the run's folder has them, in "
+                    "config.toml), or start a new run from it:",
+                    *lines,
+                ]
             )
         )
 
@@ -101,6 +105,16 @@ class ExperimentsVersionError(TrainError):
         super().__init__(f"{path}: expected at most version {supported}, found {found}. Update nmoe-train")
 
 
+class DamagedExperimentsError(TrainError):
+    """The experiments database cannot be read."""
+
+    def __init__(self, path: Path, reason: Exception) -> None:
+        super().__init__(
+            f"{path}: expected an SQLite database, found damage ({reason}). Move it away: a new one is begun, and the "
+            "runs in their folders can still be continued and used"
+        )
+
+
 class MetricsError(TrainError):
     """The metrics on disk cannot be read."""
 
@@ -113,11 +127,22 @@ class RefusedCheckpointError(TrainError):
         self.older = older
         """The newest complete checkpoint before it; `None` if there is none."""
         remedy = (
-            f"Move {path.name} away and resume again: {older.name} is complete"
+            f"{older.name} is complete: move {path.name} away to resume from it, or name its step to use it (RUN@STEP)"
             if older is not None
             else "There is no complete older one beside it"
         )
         super().__init__(f"checkpoint {path.name} is refused: {reason}. {remedy}")
+
+
+class MissingCheckpointsError(TrainError):
+    """A run was saved, and nothing of that is there."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.folder, self.step = folder, step
+        super().__init__(
+            f"{folder}: expected a checkpoint of a run that has made {step} steps, found none. Bring the folder "
+            "back, or leave out --run-id for a new run"
+        )
 
 
 class CheckpointWriteError(TrainError):

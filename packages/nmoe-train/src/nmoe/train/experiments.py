@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from nmoe.train.errors import ExperimentsVersionError, UnknownRunError
+from nmoe.train.errors import DamagedExperimentsError, ExperimentsVersionError, UnknownRunError
 
 EndStatus = Literal["finished", "interrupted", "failed", "diverged"]
 Status = Literal["running", "finished", "interrupted", "failed", "diverged", "killed"]
@@ -322,8 +322,10 @@ def _connect(path: Path) -> sqlite3.Connection:
                 connection.execute(f"PRAGMA user_version = {max(_VERSION, _version(connection))}")
         if _version(connection) > _VERSION:
             raise ExperimentsVersionError(path, _version(connection), _VERSION)
-    except BaseException:
+    except BaseException as error:
         connection.close()
+        if type(error) is sqlite3.DatabaseError:  # its subclasses speak of locks, disks and statements
+            raise DamagedExperimentsError(path, error) from error
         raise
     return connection
 
