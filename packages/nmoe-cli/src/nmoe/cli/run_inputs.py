@@ -166,11 +166,12 @@ def check_continuation(
 
 
 def _was_saved(row: RunRow, config: RunConfig) -> bool:
-    """Whether a run got as far as a checkpoint: by its steps, or because it ended as it should."""
+    """Whether a run has been saved for certain: it ended as it should, or made a step after its second checkpoint was
+    begun, which waits for the first. A run that was killed while it wrote its first one begins anew."""
     if not config.checkpoint.enabled or row.step == 0:
         return False
     every = config.checkpoint.every
-    return (every is not None and row.step >= every) or row.message in get_args(Status)
+    return (every is not None and row.step > 2 * every) or row.message in get_args(Status)
 
 
 def recorded(experiments: Experiments, run: RunFolder) -> RunRow | None:
