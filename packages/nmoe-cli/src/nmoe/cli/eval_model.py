@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nmoe.cli.config import RunConfig, load_config
 from nmoe.cli.context import Context
-from nmoe.cli.errors import EnvironmentNotReadyError, UsageError
+from nmoe.cli.errors import UsageError
 from nmoe.cli.eval_request import EvalRequest
 from nmoe.cli.locate import Located, locate_model
 from nmoe.cli.open_model import Device, OpenModel, computing, open_model
@@ -100,21 +100,6 @@ def check_ranks(request: EvalRequest, plan: Plan) -> None:
         raise UsageError(
             f"expected native kernels, which move rows between {plan.n_ranks} GPUs, found 'reference': add --kernels "
             "native, or use one GPU"
-        )
-
-
-def check_gpus(plan: Plan) -> None:
-    """Refuses more ranks than this machine has GPUs for.
-
-    Raises:
-        EnvironmentNotReadyError: a rank would have no GPU of its own.
-    """
-    import torch
-
-    if plan.device == "cuda" and (found := torch.cuda.device_count()) < plan.n_ranks:
-        raise EnvironmentNotReadyError(
-            f"expected {plan.n_ranks} visible GPUs, one a rank (--gpus {plan.n_ranks}), found {found}: "
-            + (f"use --gpus {found}, or a machine with more" if found else "`n doctor` says what this machine has")
         )
 
 

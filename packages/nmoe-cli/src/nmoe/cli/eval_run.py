@@ -8,13 +8,13 @@ from nmoe.cli.console import print_line
 from nmoe.cli.context import Context
 from nmoe.cli.errors import ExitCode, UsageError
 from nmoe.cli.eval_inputs import open_suites
-from nmoe.cli.eval_model import EvalModel, Plan, check_gpus, check_ranks, open_alone, open_on_ranks, plan_of
+from nmoe.cli.eval_model import EvalModel, Plan, check_ranks, open_alone, open_on_ranks, plan_of
 from nmoe.cli.eval_report import record, results_folder, show
 from nmoe.cli.eval_request import EvalRequest
 from nmoe.cli.eval_tasks import measure_tasks, measure_text, recorded_name
 from nmoe.cli.eval_validation import show_validation
 from nmoe.cli.launch import run_ranks
-from nmoe.cli.place import Place, end_with_launcher, place_of
+from nmoe.cli.place import Place, check_gpus, end_with_launcher, place_of
 from nmoe.cli.ranks import tell_failure
 from nmoe.eval.lockstep import together
 from nmoe.eval.schema import VALIDATION
@@ -55,7 +55,7 @@ def _suites(request: EvalRequest, context: Context) -> list[Suite]:
 def _start_ranks(request: EvalRequest, context: Context, plan: Plan) -> int:
     """Starts the ranks, and tells how they ended."""
     check_ranks(request, plan)
-    check_gpus(plan)
+    check_gpus(plan.device, plan.n_ranks, f"--gpus {plan.n_ranks}")
     ended = run_ranks(
         plan.n_ranks,
         [*context.program, *request.arguments()],

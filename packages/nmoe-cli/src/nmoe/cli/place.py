@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nmoe.cli.errors import UsageError
+from nmoe.cli.errors import EnvironmentNotReadyError, UsageError
 
 if TYPE_CHECKING:
     from nmoe.rdep.world import World
@@ -111,3 +111,18 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if not value.isdecimal():
         raise UsageError(f"expected a number in the environment's {name}, found {value!r}: set it as torchrun does")
     return int(value)
+
+
+def check_gpus(device: str, wanted: int, asked: str) -> None:
+    """Refuses more ranks than this machine has GPUs for; `asked` says where their number is from.
+
+    Raises:
+        EnvironmentNotReadyError: a rank would have no GPU of its own.
+    """
+    import torch
+
+    if device != "cuda" or (found := torch.cuda.device_count()) >= wanted:
+        return
+    gpus = "a visible GPU" if wanted == 1 else f"{wanted} visible GPUs, one a rank"
+    remedy = f"use --gpus {found}, or a machine with more" if found else "`n doctor` says what this machine has"
+    raise EnvironmentNotReadyError(f"expected {gpus} ({asked}), found {found}: {remedy}")

@@ -7,7 +7,7 @@ from nmoe.cli.console import print_line
 from nmoe.cli.context import Context
 from nmoe.cli.errors import ExitCode
 from nmoe.cli.launch import Ended, Failure, run_ranks
-from nmoe.cli.run_inputs import Request, check_continuation, check_gpus, open_inputs, recorded, resume_hint
+from nmoe.cli.run_inputs import Request, check_continuation, open_inputs, recorded, resume_hint
 from nmoe.model.checkpoint import open_folder
 from nmoe.train.checkpointer import newest_complete
 from nmoe.train.experiments import EndStatus, Experiments
@@ -20,11 +20,9 @@ def train_on_ranks(request: Request, context: Context) -> int:
 
     Raises:
         UsageError: the request contradicts itself or what is on disk.
-        EnvironmentNotReadyError: there are fewer GPUs than ranks.
         Any error of data or checkpoints.
     """
     config = request.loaded.config
-    check_gpus(config)
     inputs = open_inputs(request, RunFolder(context.data_root, request.run_id or new_run_id()), context)
     run, experiments = inputs.run, Experiments(context.data_root / "experiments.db")
     if inputs.continues:

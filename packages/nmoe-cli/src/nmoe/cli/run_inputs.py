@@ -8,7 +8,7 @@ from typing import get_args
 from nmoe.cli.config import LoadedConfig, RunConfig, load_config
 from nmoe.cli.console import print_line
 from nmoe.cli.context import Context
-from nmoe.cli.errors import EnvironmentNotReadyError, UsageError
+from nmoe.cli.errors import UsageError
 from nmoe.cli.fingerprint import diff, identity_fields, operational_fields
 from nmoe.cli.locate import locate_model
 from nmoe.cli.run_data import RunData, open_run_data
@@ -180,22 +180,6 @@ def recorded(experiments: Experiments, run: RunFolder) -> RunRow | None:
         return experiments.get(run.run_id)
     except UnknownRunError:
         return None
-
-
-def check_gpus(config: RunConfig) -> None:
-    """Refuses more ranks than there are GPUs for.
-
-    Raises:
-        EnvironmentNotReadyError: a rank would have no GPU of its own.
-    """
-    import torch
-
-    wanted = config.runtime.world_size
-    if config.runtime.device != "cuda" or (found := torch.cuda.device_count()) >= wanted:
-        return
-    remedy = f"use --gpus {found}, or a machine with more" if found else "`n doctor` says what this machine has"
-    gpus = "a visible GPU" if wanted == 1 else f"{wanted} visible GPUs, one a rank"
-    raise EnvironmentNotReadyError(f"expected {gpus} (runtime.world_size = {wanted}), found {found}: {remedy}")
 
 
 def parse_profile(text: str | None) -> tuple[int, int] | None:

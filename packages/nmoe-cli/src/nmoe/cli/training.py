@@ -11,7 +11,7 @@ from nmoe.cli.context import Context
 from nmoe.cli.errors import ExitCode
 from nmoe.cli.eval_inputs import open_run_suites
 from nmoe.cli.exit_codes import exit_code_of
-from nmoe.cli.place import Place, end_with_launcher, place_of
+from nmoe.cli.place import Place, check_gpus, end_with_launcher, place_of
 from nmoe.cli.ranks import train_on_ranks
 from nmoe.cli.recording import RecordingReporter
 from nmoe.cli.reporter import NullReporter, make_reporter
@@ -19,7 +19,6 @@ from nmoe.cli.run_inputs import (
     Inputs,
     Request,
     check_continuation,
-    check_gpus,
     open_inputs,
     open_loader,
     open_parent,
@@ -47,12 +46,14 @@ def run_training(request: Request, context: Context) -> int:
 
     Raises:
         UsageError: the request contradicts itself or what is on disk.
+        EnvironmentNotReadyError: there are fewer GPUs than ranks.
         Any error of data, checkpoints or trainer; the database then says how the run ended.
     """
     runtime = request.loaded.config.runtime
     place = place_of(context.environ, runtime.world_size)
     if place is not None:
         return _run_rank(request, context, place)
+    check_gpus(runtime.device, runtime.world_size, f"runtime.world_size = {runtime.world_size}")
     if runtime.world_size > 1:
         return train_on_ranks(request, context)
     return _lead(request, context, alone(runtime.device), None)
@@ -74,8 +75,6 @@ def _lead(request: Request, context: Context, world: World, place: Place | None)
     """The only rank, or rank 0 of several: it alone writes the run's folder and the database, and speaks."""
     config, console = request.loaded.config, context.console
     told = place is not None and place.trusts
-    if place is None:
-        check_gpus(config)
     run = RunFolder(context.data_root, request.run_id or new_run_id())
     inputs = open_inputs(request, run, _silent(context) if told else context, verify=not told)
     parent = inputs.parent

@@ -234,12 +234,6 @@ __device__ __forceinline__ void start_dweights(float (&dweight)[kQueries / 2], u
   }
 }
 
-// Rounded, as a left operand of the sums.
-__device__ __forceinline__ void pack(const float (&x)[kQueries / 2], u32 (&left)[kQueries / 4]) {
-#pragma unroll
-  for (int i = 0; i < kQueries / 4; ++i) left[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-}
-
 // 16 keys' sums to memory, through the warp's rows of the tile that their keys or values had: `at` in its first 64 columns.
 template <int N>
 __device__ __forceinline__ void finish(const TensorMap& map, const float (&sums)[N], float scale, u32 at, int key, int head,

@@ -296,13 +296,6 @@ __device__ __forceinline__ void weigh(float (&score)[kScores], float exponent, c
   }
 }
 
-// An accumulator's columns 16 k to 16 k + 15 are, rounded and in pairs, an operand's k-th fragment: rows h of columns
-// 8 j and then those of columns 8 (j + 1).
-__device__ __forceinline__ void round_weights(const float (&score)[kScores], u32 (&weight)[kWeights]) {
-#pragma unroll
-  for (int i = 0; i < kWeights; ++i) weight[i] = pack_bf16(score[2 * i], score[2 * i + 1]);
-}
-
 // 16 rows of the output by a warp, through its own part of shared memory; and their levels.
 __device__ __forceinline__ void finish(const Params& p, const Tile& tile, const float (&sums)[kSums], Rows& rows,
                                        u32 staging, int warp_row) {
@@ -411,7 +404,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 memory, const Barri
 #pragma unroll
     for (int h = 0; h < 2; ++h) rows.highest[h] *= p.exponent;
     weigh(score, p.exponent, rows, rows.total);
-    round_weights(score, weight);
+    pack(score, weight);
     ring.advance();
 
 #pragma unroll 1
@@ -466,7 +459,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 memory, const Barri
 #pragma unroll
         for (int i = 0; i < kSums; ++i) sums[i] *= step[i % 4 / 2];
       }
-      round_weights(score, weight);
+      pack(score, weight);
     }
     const u32 before = ring.stage_before();
     barrier_wait(b.value_full + 8 * before, (ring.n - 1) / STAGES & 1);

@@ -40,7 +40,7 @@ struct Params {
 
 namespace {
 
-constexpr int kTile = 128, kOther = 64, kColumns = 64;
+constexpr int kTile = 128, kOther = 64;
 constexpr int kOwnBytes = kTile * 128, kOtherBytes = kOther * 128;  // of one of two matrices
 constexpr int kStage = 2 * kOtherBytes;
 constexpr int kChunk = 16 * 128;  // a warp's 16 rows of 64 columns, swizzled
@@ -225,11 +225,6 @@ __device__ __forceinline__ void start(float (&dweight)[32], const Numbers& numbe
     const float2 minus_delta = numbers.get(1, i / 2, 0);
     dweight[2 * i] = minus_delta.x, dweight[2 * i + 1] = minus_delta.y;
   }
-}
-
-__device__ __forceinline__ void pack(const float (&x)[32], u32 (&left)[16]) {
-#pragma unroll
-  for (int i = 0; i < 16; ++i) left[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
 }
 
 // A warp's 16 rows of sums to memory.

@@ -48,6 +48,14 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+// An accumulator as a left operand: its columns 16 k to 16 k + 15 are, rounded and in pairs, the operand's k-th fragment, rows
+// h of columns 8 j and then those of columns 8 (j + 1).
+template <int N>
+__device__ __forceinline__ void pack(const float (&x)[N], u32 (&left)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) left[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+}
+
 // --- wgmma ----------------------------------------------------------------------------------------------------------
 
 #define NMOE_NEW4(d, i) "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3])
