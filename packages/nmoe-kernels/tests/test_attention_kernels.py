@@ -545,6 +545,20 @@ class TestOnGpu:
             assert all(torch.equal(a, b) for a, b in zip(found, results(given, dout, size[-1]), strict=True))
         torch.cuda.current_stream().wait_stream(side)
 
+    @pytest.mark.parametrize("widths", [(64, 64), (192, 128)])
+    @pytest.mark.parametrize("length", [128, 256])
+    def test_many_short_samples_have_the_same_bits_a_thousand_times(
+        self, gpu: str, widths: tuple[int, int], length: int
+    ) -> None:
+        """A block of threads then has the next tile's memory filled as soon as it has read this one's."""
+        given, dout = on_gpu((65_536 // length, 12, length, *widths, 0), gpu)
+        found = results(given, dout, length)
+        differ = torch.zeros(len(found), dtype=torch.int64, device=gpu)
+        for _ in range(1000):
+            again = results(given, dout, length)
+            differ += torch.stack([(a != b).any() for a, b in zip(again, found, strict=True)])
+        assert differ.tolist() == [0] * len(found)
+
     def test_heads_lie_beside_each_other(self, gpu: str) -> None:
         for tensor in results(*on_gpu((2, 4, 300, 192, 128, 0), gpu), 300):
             assert tensor.transpose(1, 2).is_contiguous()

@@ -289,6 +289,7 @@ __device__ __forceinline__ void consume(const Params& p, u32 memory, const Barri
     barrier_wait(barriers.own_full, n & 1);
     load_own(own_score, memory + warp * kChunk);
     load_own(own_weight, memory + kOwnBytes + warp * kChunk);
+    fence_proxy_async();  // what was read, before what the next tile's copies write
     __syncwarp();
     if (lane_now() == 0) barrier_arrive(barriers.own_empty);
     skip(begin - tile.begin);
