@@ -145,6 +145,22 @@ def test_the_same_bits_twice_and_without_a_graph_and_after_a_kill(tmp_path, star
     assert digest(tmp_path, "seed", 60) != expected, "the digest sees a difference"
 
 
+def test_heads_as_wide_as_moonlights_too(tmp_path, start):
+    """Their attention has kernels of its own, as have those of up to 64 columns."""
+    widths = ("model.qk_nope_head_dim=128", "model.qk_rope_head_dim=64", "model.v_head_dim=128", "eval.tasks=[]")
+    running = {
+        name: start(name, *widths, *settings)
+        for name, settings in {
+            "once": (),
+            "eager": ("runtime.cuda_graph=false",),
+            "recomputed": ("train.recompute_layers=[1, 3]",),
+        }.items()
+    }
+    for process in running.values():
+        finish(process)
+    assert len({digest(tmp_path, name, 60) for name in running}) == 1
+
+
 @pytest.mark.soak
 def test_a_thousand_steps_in_graphs_equal_a_thousand_eager_ones(tmp_path, start):
     length = ("train.steps=1000", "schedule.hold_tokens=2_000_000", "schedule.decay_tokens=900_000", "eval.tasks=[]")

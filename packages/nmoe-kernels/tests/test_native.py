@@ -124,6 +124,8 @@ PROBLEMS = [
     Problem(257, 512, 256, 8, 2),
     Problem(2000, 64, 64, 9, 3, "not_all"),
 ]
+IN_PIECES = [Problem(13_000, 264, 72, 8, 2, "same"), Problem(9000, 136, 200, 4, 2)]
+"""Some experts have so many rows that their weights' gradients are sums of pieces."""
 
 
 class Layer(NamedTuple):
@@ -216,7 +218,7 @@ def same(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
+@pytest.mark.parametrize("problem", [*PROBLEMS, *IN_PIECES], ids=lambda p: "-".join(map(str, p)))
 def test_experts(native: Ops, problem: Problem) -> None:
     """Output and every gradient within two bf16 roundings of the norm: at most five lie on a way, and they are
     independent (one alone errs by 0.0017 of a norm). A lone expert's gate does not depend on its logit."""
@@ -238,7 +240,7 @@ def test_experts(native: Ops, problem: Problem) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
+@pytest.mark.parametrize("problem", [*PROBLEMS, *IN_PIECES], ids=lambda p: "-".join(map(str, p)))
 def test_a_tile_has_no_influence_on_bits(
     native: Ops, problem: Problem, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +285,83 @@ def test_main_grad_is_overwritten_when_stale_and_added_to_when_not(native: Ops, 
     assert same([weight.main_grad for weight in weights], [a + b for a, b in zip(before, first, strict=True)])
 
 
+def routed(tokens: int, n_experts: int, top_k: int, liked: int) -> RowIndex:
+    """Rows of tokens that go to any K neighbouring experts, but half of them to those from `liked` on."""
+    first_T = torch.randint(n_experts - top_k + 1, (tokens,))
+    first_T[torch.rand(tokens) < 0.5] = liked
+    return index_rows((first_T[:, None] + torch.arange(top_k)).to("cuda", torch.int32), n_experts)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 700, 20_000, 150_000])
+@pytest.mark.parametrize(("n_experts", "m", "n"), [(5, 72, 40), (64, 768, 768), (300, 2816, 2048), (4096, 16, 768)])
+def test_a_plan_has_each_row_once_and_the_largest_pieces_first(
+    gpu: str, tokens: int, n_experts: int, m: int, n: int
+) -> None:
+    """An expert's pieces come in their order, one of no rows where it has none; none is longer than a share of all,
+    but for those of experts with 4,096 and less; and tiles have no influence."""
+    index = routed(tokens, n_experts, 2, liked=n_experts // 2)
+    (plan, turn), (again, _) = (grouped_gemm_cuda.plan_wgrad(index, n_experts, m, n, tiles) for tiles in (7, 3))
+    entries = plan[1 : 1 + int(plan[0, 0])].tolist()
+    assert again[1 : 1 + int(again[0, 0])].tolist() == entries
+    assert turn.shape == (n_experts, 7)
+    assert not turn.any()
+    offset, share = index.offset_E.tolist(), max(4096, -(-2 * tokens * -(-m * n // 32_768) // 128))
+    pieces: dict[int, list[tuple[int, int]]] = {}
+    order: list[tuple[int, int]] = []
+    before = -1
+    for expert, first, rows, piece in entries:
+        so_far = pieces.setdefault(expert, [])
+        if not so_far:
+            order.append((-rows, expert))
+        assert piece // 2 == len(so_far)
+        assert first == offset[expert] + sum(length for length, _ in so_far)
+        assert not so_far or before == expert
+        before = expert
+        so_far.append((rows, piece % 2))
+        assert piece % 2 == (first + rows < offset[expert + 1])
+        assert rows % 64 == 0 or piece % 2 == 0
+        assert rows <= share + 63
+    assert order == sorted(order)
+    assert sorted(pieces) == list(range(n_experts))
+    for expert, found in pieces.items():
+        assert sum(rows for rows, _ in found) == offset[expert + 1] - offset[expert]
+        assert len(found) == 1 or sum(rows for rows, _ in found) > share
+    assert any(len(found) > 1 for found in pieces.values()) == (max(index.offset_E.diff().tolist()) > share)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize(("tokens", "liked"), [(9000, 0), (60_000, 10), (60_000, 3)])
+def test_weight_gradients_of_many_rows_lose_none(gpu: str, tokens: int, liked: int, number: int) -> None:
+    """Of small whole numbers, whose sums fp32 holds: exact, overwritten and added, beside other work, in any tiles."""
+    n_experts, width, hidden = 12, 392, 136
+    index, down, up = routed(tokens, n_experts, 2, liked), tile_of("wgrad_down", number), tile_of("wgrad_up", number)
+    token_R, experts_of_rows = index.token_R.long(), index.offset_E.diff().tolist()
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        return torch.randint(-2, 3, (rows, columns), device=gpu).bfloat16()
+
+    x_TD, dout_TD = draw(tokens, width), draw(tokens, width)
+    gated_RF, dpre_R2F = draw(2 * tokens, hidden), draw(2 * tokens, 2 * hidden)
+    by_expert = [part.split(experts_of_rows) for part in (dout_TD[token_R], gated_RF, dpre_R2F, x_TD[token_R])]
+    exact_down = torch.stack([a.double().T @ b.double() for a, b in zip(*by_expert[:2], strict=True)])
+    exact_up = torch.stack([a.double().T @ b.double() for a, b in zip(*by_expert[2:], strict=True)])
+    assert float(exact_up.abs().max()) < 2**23
+    into_down = torch.full((n_experts, width, hidden), float("nan"), device=gpu)
+    into_up = torch.full((n_experts, 2, hidden, width), float("nan"), device=gpu)
+    busy, other = torch.randn(4096, 4096, device=gpu).bfloat16(), torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    for times in (1, 2, 3):
+        with torch.cuda.stream(other):
+            busy @ busy
+        grouped_gemm_cuda.wgrad_down(dout_TD, gated_RF, index, into_down, add=times > 1, tile=down)
+        grouped_gemm_cuda.wgrad_up(dpre_R2F, x_TD, index, into_up, add=times > 1, tile=up)
+        assert torch.equal(into_down.double(), times * exact_down), times
+        assert torch.equal(into_up.double().flatten(1, 2), times * exact_up), times
+    other.synchronize()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [(2,), (3,), (2, 3), (0, 1), (0, 1, 2)], ids=str)
 def test_inputs_that_need_no_gradient(native: Ops, frozen: tuple[int, ...]) -> None:
@@ -316,7 +395,7 @@ def test_inference_gives_the_bits_of_training(native: Ops, problem: Problem, mod
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: "-".join(map(str, p)))
+@pytest.mark.parametrize("problem", [*PROBLEMS, *IN_PIECES], ids=lambda p: "-".join(map(str, p)))
 def test_experts_are_bitwise_the_same_from_run_to_run(native: Ops, problem: Problem) -> None:
     layer = draw_layer(problem)
     first = run(native, layer, layer.leaves(), problem.top_k)
@@ -422,7 +501,7 @@ def test_no_tokens(native: Ops) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[5]], ids=["some_empty", "many_rows"])
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[5], IN_PIECES[1]], ids=["some_empty", "many_rows", "pieces"])
 def test_experts_in_a_cuda_graph(native: Ops, problem: Problem, capture: Any) -> None:
     """Forward and backward in one graph; a replay sees the inputs of its time, whose rows are routed otherwise."""
     layer, later = draw_layer(problem), [draw_layer(problem) for _ in range(2)]

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     layer = commands.add_parser("moe-layer", help="one MoE layer beside its peers")
     _add_shapes(layer, DEFAULT_SHAPES)
     layer.add_argument("--peers", type=_peers, default=PEERS, help=f"out of {', '.join(PEERS)}; or none")
-    layer.add_argument("--routing", type=_routings, default=["uniform"], help=f"out of {', '.join(ROUTING_KINDS)}")
+    _add_routings(layer, ["uniform"])
     layer.add_argument("--rounds", type=_count, default=3, help="turns that each layer takes (default: 3)")
     _add_output(layer)
     layer.add_argument("--peer-path", metavar="DIR", help="folder of SonicMoE's packages, for its process only")
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     tiles = commands.add_parser("tiles", help="each tile of each grouped product; lines for the table of tiles")
     _add_shapes(tiles, DEFAULT_SHAPES)
+    _add_routings(tiles, ["uniform"])
     tiles.set_defaults(run=_tiles)
 
     cold = commands.add_parser("cold", help="the first forward and backward with an empty kernel cache")
@@ -58,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bits = commands.add_parser("equal-bits", help="whether fresh processes give the same bits; exit code 1 if not")
     bits.add_argument("--shape", type=_shape, default=NAMED_SHAPES["moonlet"], help=_SHAPE_HELP + " (default: moonlet)")
-    bits.add_argument(
-        "--routing", type=_routings, default=["uniform", "zipf"], help=f"out of {', '.join(ROUTING_KINDS)}"
-    )
+    _add_routings(bits, ["uniform", "zipf"])
     bits.add_argument("--processes", type=_processes, default=10, help="one after another (default: 10)")
     _add_output(bits)
     _add_timeout(bits)
@@ -83,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     worker.add_argument("--task", choices=("time", "cold", "bits"), default="time")
     worker.add_argument("--layer", choices=tuple(LAYERS), default="nmoe")
     worker.add_argument("--shape", type=_shape, required=True, help=_SHAPE_HELP)
-    worker.add_argument("--routing", type=_routings, default=["uniform"])
+    _add_routings(worker, ["uniform"])
     worker.set_defaults(run=_worker)
     for command in commands.choices.values():
         command.allow_abbrev = False  # `command_line` knows by its whole name which option holds a folder
@@ -92,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_shapes(parser: argparse.ArgumentParser, default: Sequence[Shape]) -> None:
     parser.add_argument("--shapes", type=_shape, nargs="+", default=list(default), help=_SHAPE_HELP)
+
+
+def _add_routings(parser: argparse.ArgumentParser, default: list[RoutingKind]) -> None:
+    parser.add_argument("--routing", type=_routings, default=default, help=f"out of {', '.join(ROUTING_KINDS)}")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +185,7 @@ def _tiles(args: argparse.Namespace, typed: list[str]) -> int:
     from nmoe.kernels.bench.tiles import print_tiles
 
     _require_gpu()
-    print_tiles(args.shapes)
+    print_tiles(args.shapes, args.routing)
     return 0
 
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nmoe.kernels.bench.problem import Problem, Shape, make_problem
+from nmoe.kernels.bench.problem import Problem, RoutingKind, Shape, make_problem
 from nmoe.kernels.bench.report import tflops
 from nmoe.kernels.bench.timing import time_gpu
 
@@ -22,25 +22,26 @@ _LEAST_GAIN = 0.01
 Times = Mapping[str, Mapping["Tile", float]]
 
 
-def print_tiles(shapes: Sequence[Shape]) -> None:
-    """Prints milliseconds and TFLOP/s of each product and tile for each shape, and the lines for `TABLE`."""
+def print_tiles(shapes: Sequence[Shape], routings: Sequence[RoutingKind]) -> None:
+    """Prints milliseconds and TFLOP/s of each product and tile by shape and routing, and the lines for `TABLE`."""
     lines: dict[str, None] = {}
     for shape in shapes:
-        times = time_tiles(shape)
-        print("\n".join(_table(shape, times)), flush=True)
-        lines |= dict.fromkeys(table_lines(shape, times))
+        for routing in routings:
+            times = time_tiles(shape, routing)
+            print("\n".join(_table(f"{shape} {routing}", shape, times)), flush=True)
+            lines |= dict.fromkeys(table_lines(shape, times))
     print("\nLines for nmoe.kernels.native.tiles.TABLE, where the untabled choice is slower by 1% or more:")
     print("\n".join(lines) if lines else "(none)", flush=True)
 
 
-def time_tiles(shape: Shape) -> Times:
+def time_tiles(shape: Shape, routing: RoutingKind) -> Times:
     """Median milliseconds by product and tile; candidates take turns, so that clocks and heat are shared."""
     from nmoe.kernels.native.tiles import CANDIDATES
 
     times: dict[str, dict[Tile, list[float]]] = {
         product: {tile: [] for tile in tiles} for product, tiles in CANDIDATES.items()
     }
-    runs = _products(make_problem(shape, "uniform", "cuda"))
+    runs = _products(make_problem(shape, routing, "cuda"))
     for product, by_tile in times.items():
         for _ in range(ROUNDS):
             for tile, found in by_tile.items():
@@ -101,10 +102,10 @@ def table_lines(shape: Shape, times: Times) -> Iterator[str]:
             yield f"    {key}: Tile({fastest.m}, {fastest.n}),  # {gain:.1%} faster at {shape}"
 
 
-def _table(shape: Shape, times: Times) -> Iterator[str]:
+def _table(title: str, shape: Shape, times: Times) -> Iterator[str]:
     from nmoe.kernels.native.tiles import choose_tile
 
-    yield f"{shape}"
+    yield title
     for product, by_tile in times.items():
         chosen = choose_tile(product, shape.width, shape.hidden)
         for tile, ms in by_tile.items():

@@ -5,6 +5,9 @@
 // TMA. Persistent and warp-specialised as grouped_gemm_sm90.cu. Every tile of every expert is written: an expert without
 // rows gets zeros, or keeps what it has when adding.
 //
+// plan_wgrad.cu says in which order experts come, and which are cut into pieces of their rows: tiles of a piece are added to
+// those of the piece before once these are there. They were taken earlier, by blocks that run, so that all end.
+//
 // Rows past an expert's last one are multiplied by the gathered operand's zeros, so they must be finite.
 //
 // Compile-time choices (-D):
@@ -21,14 +24,14 @@ struct Params {
   TensorMap out;       // `into`, box 1 × 16 × 32
   const bf16* source;  // (T, N or M) of the gathered one
   const int* token;    // (R): its row in `source`
-  const int* offset;   // (e + 1)
+  const int4* plan;    // of plan_wgrad.cu
   unsigned* counter;   // of this product's tiles
+  unsigned* turn;      // (e, n_tiles_m, n_tiles_n), of an expert in pieces: the warps that have added theirs, from 0
   float* into;         // (e, M, N), for what has no rows
   int m;
   int n;
   int n_tiles_m;  // of an expert
   int n_tiles_n;
-  int n_experts;
 };
 
 namespace {
@@ -48,24 +51,28 @@ constexpr int kBarriers = STAGES * kStage + 8 * kStaging;  // offset of the barr
 
 struct Tile {
   int expert, first, rows, m, n;
+  unsigned before;  // pieces of the expert that come earlier
+  bool more;        // whether another follows
 };
 
 constexpr int kEnd = -1;  // rows of what comes after the last tile
 
-// In 16 bytes: the tile's place is two numbers below 2^16.
+// In 16 bytes: an expert, and the tile's place as two numbers, are below 2^16, and an expert's pieces below 2^15.
 __device__ __forceinline__ Tile as_tile(int4 v) {
-  return {v.x, v.y, v.z, (v.w >> 16) * TILE_M, (v.w & 0xffff) * TILE_N};
+  const unsigned piece = static_cast<unsigned>(v.x) >> 16;
+  return {v.x & 0xffff, v.y, v.z, (v.w >> 16) * TILE_M, (v.w & 0xffff) * TILE_N, piece >> 1, (piece & 1) != 0};
 }
 
-__device__ __forceinline__ int take_number(const Params& p) {
-  return TileQueue::take(p.counter, p.n_experts * p.n_tiles_m * p.n_tiles_n);
+// `n`: entries of the plan.
+__device__ __forceinline__ int take_number(const Params& p, int n) {
+  return TileQueue::take(p.counter, n * p.n_tiles_m * p.n_tiles_n);
 }
 
-__device__ __forceinline__ int4 look_up(const Params& p, int t) {
-  const int tiles = p.n_tiles_m * p.n_tiles_n, expert = t / tiles, rest = t - expert * tiles, m = rest / p.n_tiles_n;
-  if (expert >= p.n_experts) return make_int4(0, 0, kEnd, 0);
-  const int first = p.offset[expert], end = p.offset[expert + 1];
-  return make_int4(expert, first, end - first, m << 16 | rest - m * p.n_tiles_n);
+__device__ __forceinline__ int4 look_up(const Params& p, int n, int t) {
+  const int tiles = p.n_tiles_m * p.n_tiles_n, entry = t / tiles, rest = t - entry * tiles, m = rest / p.n_tiles_n;
+  if (entry >= n) return make_int4(0, 0, kEnd, 0);
+  const int4 v = p.plan[1 + entry];
+  return make_int4(v.x | v.w << 16, v.y, v.z, m << 16 | rest - m * p.n_tiles_n);
 }
 
 // One stage of the gathered operand. A thread copies one 16-byte column of every 16th row, and of every 64 columns.
@@ -90,11 +97,12 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
   const int row = thread / 8, chunk = thread % 8;
   const u32 place = stages + (GATHER ? kStageA : 0) + row * 128 + ((chunk ^ (row & 7)) << 4);
   Ring<STAGES> ring;
-  if (thread == 0) queue.send(look_up(p, take_number(p)), 0);
+  const int n = thread == 0 ? p.plan[0].x : 0;
+  if (thread == 0) queue.send(look_up(p, n, take_number(p, n)), 0);
   while (true) {
     const Tile tile = as_tile(queue.receive());
     if (tile.rows == kEnd) break;
-    const int next_tile = thread == 0 ? take_number(p) : 0;  // waited for once this tile's copies are on their way
+    const int next_tile = thread == 0 ? take_number(p, n) : 0;  // waited for once this tile's copies are on their way
     const int start = GATHER ? tile.n : tile.m, column = start + chunk * 8;
     const char* from = reinterpret_cast<const char*>(p.source + column);
     const bool wide = start + kGathered <= width;
@@ -129,15 +137,32 @@ __device__ __forceinline__ void produce(const Params& p, u32 stages, u32 full, u
       }
       copy_async_arrive(ready);
     }
-    if (thread == 0) queue.send(look_up(p, next_tile), queue.n);
+    if (thread == 0) queue.send(look_up(p, n, next_tile), queue.n);
   }
   copy_async_wait();
+}
+
+// The turns of an expert's pieces at a tile: a warp's copies into `into` come after those of all warps of earlier pieces.
+// Copies are the async proxy's, and turns are not: each side has to order the two.
+__device__ __forceinline__ void await_turn(const unsigned* turn, unsigned warps) {
+  unsigned done;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(done) : "l"(turn) : "memory");
+  } while (done < warps);
+  fence_proxy_async_global();
+}
+
+__device__ __forceinline__ void pass_turn(unsigned* turn) {
+  bulk_store_wait();
+  fence_proxy_async_global();
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(turn) : "memory");
 }
 
 // 16 rows of the product, to memory by TMA. acc[4 j + i]: row lane / 4 (+ 8 for i > 1), column 8 j + 2 (lane % 4) + i % 2.
 __device__ __forceinline__ void finish(const Params& p, const Tile& tile, const float (&acc)[TILE_N / 2], u32 staging,
                                        int row) {
   const u32 lane = lane_now();
+  const bool add = ADD || tile.before > 0;
 #pragma unroll
   for (int c = 0; c < TILE_N / 32; ++c) {
     const u32 chunk = staging + c % 2 * kChunk;
@@ -152,7 +177,7 @@ __device__ __forceinline__ void finish(const Params& p, const Tile& tile, const 
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) {
-      if (ADD) {
+      if (add) {
         tma_add(&p.out, chunk, tile.n + c * 32, row, tile.expert);
       } else {
         tma_store(&p.out, chunk, tile.n + c * 32, row, tile.expert);
@@ -217,9 +242,15 @@ __device__ __forceinline__ void consume(const Params& p, u32 stages, u32 full, u
     release(last);
 #pragma unroll
     for (int m = 0; m < kRowGroups; ++m) keep_after_wait(acc[m]);
+    unsigned* const turn = p.turn + (tile.expert * p.n_tiles_m + tile.m / TILE_M) * p.n_tiles_n + tile.n / TILE_N;
+    if (tile.before > 0 && lane_now() == 0) await_turn(turn, tile.before * kWarpgroups * 4);
 #pragma unroll
     for (int m = 0; m < kRowGroups; ++m) {
       finish(p, tile, acc[m], staging, tile.m + (group * kRowGroups + m) * 64 + warp * 16);
+    }
+    if (tile.more) {
+      if (lane_now() == 0) pass_turn(turn);
+      __syncwarp();
     }
   }
   tma_store_wait<0>();

@@ -155,6 +155,9 @@ __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_
 // Orders ordinary accesses to shared memory, and cp.async's, before wgmma's and TMA's.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders ordinary accesses to global memory and bulk copies' with each other.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // --- warps ----------------------------------------------------------------------------------------------------------
 
 // threadIdx.x % 32, read anew: what follows from it is not kept in registers from one tile to the next.

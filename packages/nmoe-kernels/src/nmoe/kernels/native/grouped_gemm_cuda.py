@@ -1,5 +1,5 @@
 """The grouped products of a rank's experts on Hopper, with what is fused to them: launches of `grouped_gemm_sm90.cu`
-and `grouped_wgrad_sm90.cu`. Nothing is read back to the host; no row is copied or padded.
+and, as `plan_wgrad.cu` plans, `grouped_wgrad_sm90.cu`. Nothing is read back to the host; no row is copied or padded.
 
 Callers give contiguous tensors on one device, bf16 but for gates, partial sums and weight gradients, which are fp32,
 with D and F multiples of 8 (TMA's strides are multiples of 16 bytes): `nmoe.kernels.native.experts_cuda` checks.
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from nmoe.kernels.native.exchange_cuda import BLOCKS_BESIDE, Link, LinkParams
 from nmoe.kernels.native.routing_cuda import BLOCK_ROWS, RowIndex, Waves
-from nmoe.kernels.native.tiles import CANDIDATES, Tile, choose_tile
+from nmoe.kernels.native.tiles import CANDIDATES, WIDE, Tile, choose_tile
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap, tensor_map
 
@@ -27,6 +27,13 @@ _BARRIER_BYTES = 16  # per stage
 _QUEUE_BYTES = 64  # of tile_queue.cuh
 _CHUNK_ROWS = 16  # of what a warp writes at a time, 128 bytes each
 _STAGING_BYTES = 8 * 2 * _CHUNK_ROWS * 128  # eight warps' two chunks
+_PLAN_WARPS = 32  # of a block: an expert each
+_STEP_ROWS = 64  # of a weight gradient's stage
+_LEAST_CUT = 4096
+"""Rows below which an expert's weight gradient is not cut: each piece but the first reads and writes all of it."""
+_SHARES = 128
+"""Blocks over which the weight gradients' work is thought to be spread: nearly a Hopper's multiprocessors, and the same
+for every GPU, so that all sum in one order."""
 _STORE, _SWIGLU, _DSWIGLU = range(3)
 _NONE, _AWAITED, _ONE_WAVE = range(3)
 
@@ -77,9 +84,15 @@ class _WgradParams(ctypes.Structure):
     _fields_ = (
         ("dense", TensorMap),
         ("out", TensorMap),
-        *((name, ctypes.c_void_p) for name in ("source", "token", "offset", "counter", "into")),
-        *((name, ctypes.c_int) for name in ("m", "n", "n_tiles_m", "n_tiles_n", "n_experts")),
-        ("unused", ctypes.c_byte * 4),
+        *((name, ctypes.c_void_p) for name in ("source", "token", "plan", "counter", "turn", "into")),
+        *((name, ctypes.c_int) for name in ("m", "n", "n_tiles_m", "n_tiles_n")),
+    )
+
+
+class _PlanParams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("offset", "plan", "turn")),
+        *((name, ctypes.c_int) for name in ("n_experts", "n_tiles", "n_turns")),
     )
 
 
@@ -114,10 +127,18 @@ def _candidates(product: str) -> tuple[Tile, ...]:
 _SOURCES = {(product, tile): _gemm_source(product, tile) for product in _GEMMS for tile in _candidates(product)} | {
     (product, tile): _wgrad_source(product, tile) for product in _WGRADS for tile in _candidates(product)
 }
-SOURCES = tuple(_SOURCES.values())
+_PLAN_SOURCE = CudaSource(
+    "plan_wgrad",
+    "plan_wgrad.cu",
+    "plan_wgrad",
+    ARCHES,
+    (("ROWS", _STEP_ROWS), ("LEAST", _LEAST_CUT), ("SHARES", _SHARES)),
+)
+SOURCES = (*_SOURCES.values(), _PLAN_SOURCE)
 """Every compile of this module."""
 
 _KERNELS = {key: CudaKernel(source) for key, source in _SOURCES.items()}
+_PLAN = CudaKernel(_PLAN_SOURCE)
 
 
 @cache
@@ -363,19 +384,50 @@ def _wgrad(
     tile: Tile,
 ) -> None:
     m, n, n_experts = sizes
+    n_tiles_m, n_tiles_n = -(-m // tile.m), -(-n // tile.n)
+    plan, turn = plan_wgrad(index, n_experts, m, n, n_tiles_m * n_tiles_n)
     params = _WgradParams(
-        dense=_matrix_map(dense, 64, 64),
+        dense=_matrix_map(dense, 64, _STEP_ROWS),
+        out=tensor_map(into, (n, m, n_experts), (n * 4, m * n * 4), (32, _CHUNK_ROWS, 1), True),
         source=source.data_ptr(),
         token=index.token_R.data_ptr(),
-        offset=index.offset_E.data_ptr(),
+        plan=plan.data_ptr(),
         counter=_tiles(index.schedule, product)["counter"],
-        out=tensor_map(into, (n, m, n_experts), (n * 4, m * n * 4), (32, _CHUNK_ROWS, 1), True),
+        turn=turn.data_ptr(),
         into=into.data_ptr(),
         m=m,
         n=n,
-        n_tiles_m=-(-m // tile.m),
-        n_tiles_n=-(-n // tile.n),
-        n_experts=n_experts,
+        n_tiles_m=n_tiles_m,
+        n_tiles_n=n_tiles_n,
     )
     kernel = _KERNELS[f"{product}_add" if add else product, tile]
     kernel.launch((_multiprocessors(into.device), 1, 1), _THREADS, _shared_bytes(tile), params)
+
+
+def plan_wgrad(index: RowIndex, n_experts: int, m: int, n: int, n_tiles: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The order in which the experts' weight gradients are computed, and which of them in pieces of their rows.
+
+    Args:
+        index: of the rows.
+        n_experts: e.
+        m: rows of an expert's gradient; from its size the pieces follow.
+        n: columns.
+        n_tiles: into which it is cut.
+
+    Returns:
+        int32 (1 + entries, 4), as `plan_wgrad.cu` describes it: what stands after the last entry is undefined; and the
+        tiles' turns, int32 (e, n_tiles), at 0.
+    """
+    most_entries = n_experts + index.token_R.shape[0] // _LEAST_CUT
+    plan = index.token_R.new_empty(1 + most_entries, 4)
+    turn = index.token_R.new_empty(n_experts, n_tiles)
+    params = _PlanParams(
+        offset=index.offset_E.data_ptr(),
+        plan=plan.data_ptr(),
+        turn=turn.data_ptr(),
+        n_experts=n_experts,
+        n_tiles=-(-m * n // (WIDE.m * WIDE.n)),
+        n_turns=turn.numel(),
+    )
+    _PLAN.launch((-(-n_experts // _PLAN_WARPS), 1, 1), 32 * _PLAN_WARPS, 0, params)
+    return plan, turn
