@@ -42,6 +42,7 @@ def test_no_typed_error_counts_as_unforeseen(package):
         ("nmoe.model.errors.CorruptCheckpointError", ExitCode.DATA),
         ("nmoe.model.errors.DiskSpaceError", ExitCode.ENVIRONMENT),
         ("nmoe.train.errors.NonFiniteError", ExitCode.DIVERGED),
+        ("nmoe.train.errors.NotReproducibleError", ExitCode.ENVIRONMENT),
         ("nmoe.train.errors.IdentityMismatchError", ExitCode.USAGE),
         ("nmoe.train.errors.UnknownRunError", ExitCode.USAGE),
         ("nmoe.train.errors.RefusedCheckpointError", ExitCode.DATA),

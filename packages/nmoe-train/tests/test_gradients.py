@@ -151,3 +151,14 @@ def test_what_lies_between_gradients_is_zero():
     inside = sum(grad.count_nonzero() for grad in by_name(gradients).values())
     assert sum(buffer.count_nonzero() for buffer in gradients.sums) == inside
     assert sum(buffer.numel() for buffer in gradients.sums) > sum(p.numel() for p in ours.parameters())
+
+
+def test_bits_tell_which_parameters_gradient_is_another():
+    ours = model()
+    gradients = accumulate(ours.named_parameters())
+    ours(torch.ones(2, 4)).sum().backward()
+    before = gradients.bits()
+    assert torch.equal(gradients.bits(), before)
+    accumulator = by_name(gradients)["0.bias"]
+    accumulator[2] = torch.nextafter(accumulator[2], torch.tensor(1e9))
+    assert (gradients.bits() != before).tolist() == [name == "0.bias" for name, _ in ours.named_parameters()]

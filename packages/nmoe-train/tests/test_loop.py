@@ -17,7 +17,7 @@ from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import open_transport
 from nmoe.rdep.world import alone
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
-from nmoe.train.errors import IdentityMismatchError, NonFiniteError, WorldSizeError
+from nmoe.train.errors import IdentityMismatchError, NonFiniteError, NotReproducibleError, WorldSizeError
 from nmoe.train.loop import train
 from nmoe.train.metrics import read_metrics
 from nmoe.train.protocols import RunStart, StepReport
@@ -268,6 +268,36 @@ def test_a_non_finite_step_is_not_applied_and_says_where(tmp_path, monkeypatch, 
         assert "micro-batch 1, samples 10 to 11" in str(caught.value)
     else:
         assert "of norm.weight." in str(caught.value)
+
+
+def test_steps_that_are_verified_have_the_same_bits(tmp_path):
+    plain, _ = run_training(tmp_path, "plain")
+    verified, _ = run_training(tmp_path, "verified", config=tiny_config(train={"verify_every": 2, "verify_times": 3}))
+    assert digest(verified) == digest(plain)
+
+
+@pytest.mark.parametrize("disturbed", [None, 7, 10, 12])
+def test_gradients_that_have_other_bits_the_second_time_end_the_run(tmp_path, monkeypatch, disturbed):
+    """Of two micro-batches a step, the 7th and 8th are step 4's; its gradients are then computed twice more. Wherever
+    it was that one went wrong, nothing of the step is applied."""
+    original, calls = Transformer.training_loss, []
+
+    def training_loss(self, *arguments, **options):
+        loss = original(self, *arguments, **options)
+        calls.append(None)
+        if len(calls) != disturbed:
+            return loss
+        return loss._replace(total=loss.total + 1e-4 * self.layers[1].attn_norm.weight[3])
+
+    monkeypatch.setattr(Transformer, "training_loss", training_loss)
+    config = tiny_config(train={"verify_every": 4, "verify_times": 2}, checkpoint={"every": 1, "keep": 10})
+    if disturbed is None:
+        run_training(tmp_path, config=config)
+        assert len(calls) == 2 * 6 + 2 * 2
+        return
+    with pytest.raises(NotReproducibleError, match=r"step 4: .* on rank 0, of layers\.1\.attn_norm\.weight\. "):
+        run_training(tmp_path, config=config)
+    assert [step_of(path) for path in list_complete(RunFolder(tmp_path, "run").checkpoints)] == [1, 2, 3]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -53,8 +53,8 @@ def step(request):
     return make_step(graph=request.param)
 
 
-def make_step(*, graph: bool) -> TrainStep:
-    config = TrainingConfig.model_validate(CONFIG)
+def make_step(*, graph: bool, **train: int) -> TrainStep:
+    config = TrainingConfig.model_validate({**CONFIG, "train": {**CONFIG["train"], **train}})
     ops = select_ops("native", "cuda")
     transport = LocalTransport(alone("cuda"))
     model = Transformer.build(config.model, ops, transport, device="cuda", dtype=torch.bfloat16, seed=0)
@@ -101,6 +101,16 @@ def test_good_steps_change_everything_but_unused_parts(step):
         launch(step, number)
     after = state_of(step)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_verified_steps_leave_the_same_state(graph):
+    """From the first one on: of an eager step, of the one that is captured, and of a replay."""
+    plain, verified = make_step(graph=graph), make_step(graph=graph, verify_every=1, verify_times=2)
+    for number in (1, 2, 3, 4):
+        norms = [launch(step, number).wait().grad_norm for step in (plain, verified)]
+        assert norms[0] == norms[1] > 0
+    assert same(state_of(plain), state_of(verified))
 
 
 def test_accumulators_hold_the_last_step(step):

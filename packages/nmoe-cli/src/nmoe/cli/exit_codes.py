@@ -27,6 +27,7 @@ _CODES = {
     "nmoe.model.errors.FolderExistsError": ExitCode.USAGE,
     "nmoe.train.errors.TrainError": ExitCode.USAGE,
     "nmoe.train.errors.NonFiniteError": ExitCode.DIVERGED,
+    "nmoe.train.errors.NotReproducibleError": ExitCode.ENVIRONMENT,
     "nmoe.train.errors.PeerFaultError": ExitCode.PEER,
     "nmoe.train.errors.RefusedCheckpointError": ExitCode.DATA,
     "nmoe.train.errors.MissingCheckpointsError": ExitCode.DATA,

@@ -21,6 +21,21 @@ class NonFiniteError(TrainError):
         )
 
 
+class NotReproducibleError(TrainError):
+    """Gradients had other bits when they were computed again; the weights are those before that step."""
+
+    def __init__(self, step: int, names: Sequence[str], ranks: Sequence[int]) -> None:
+        self.step, self.names, self.ranks = step, tuple(names), tuple(ranks)
+        """Names of parameters in a backward's order: the first is next to where it went wrong."""
+        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
+        super().__init__(
+            f"step {step}: expected gradients of the same bits each time, found others on rank "
+            f"{', '.join(map(str, self.ranks))}, of {shown}. The weights are those before this step. A machine that "
+            "computes wrong now and then is likely (of a GPU, nvidia-smi -q counts errors of its memory): resume from a "
+            "checkpoint on another one; if it happens there too, report this message and the run's config.toml"
+        )
+
+
 class WorldSizeError(TrainError):
     """The ranks that are there are not those that the configuration divides the batch among."""
 

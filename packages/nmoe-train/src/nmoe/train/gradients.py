@@ -68,9 +68,19 @@ class Gradients:
     def parts(self) -> Mapping[str, list[torch.Tensor]]:
         """The step's gradients so far, as many of them as this rank accumulates, by parameter; zeros for a parameter
         that had none. See `nmoe.train.flat.FlatGroup.parts`."""
+        return self._parts(self.sums)
+
+    def bits(self) -> torch.Tensor:
+        """Of each parameter, in order, the bits of what stands in its accumulator, added up as integers: int64, on the
+        device. Accumulators that differ have, but for chance, other sums."""
+        parts = self._parts(self._sums).values()
+        none = torch.zeros((), dtype=torch.int64, device=self._sums[0].device)
+        return torch.stack([sum((p.view(torch.int32).sum(dtype=torch.int64) for p in held), none) for held in parts])
+
+    def _parts(self, sums: Sequence[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
         held = {
-            name: [part for _, part in group.parts(sums, name)]
-            for group, sums in zip(self._flat.groups, self.sums, strict=True)
+            name: [part for _, part in group.parts(of_group, name)]
+            for group, of_group in zip(self._flat.groups, sums, strict=True)
             for name in group.shapes
         }
         return {name: held[name] for name in self._flat.parameters}

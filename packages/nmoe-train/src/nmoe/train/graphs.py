@@ -42,6 +42,11 @@ class StepGraphs:
         with torch.cuda.use_mem_pool(self._pool):
             yield
 
+    @property
+    def replays(self) -> bool:
+        """Whether pieces are replayed by now, without Python."""
+        return self._warm
+
     def release(self) -> None:
         """Gives the graphs and their memory back; pieces run eagerly from now on."""
         torch.cuda.synchronize()

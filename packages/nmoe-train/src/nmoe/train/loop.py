@@ -108,6 +108,7 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient was NaN or infinite; the weights are untouched by that step.
+        NotReproducibleError: gradients that were computed again had other bits; likewise.
         PeerFaultError: another rank could not go on; it tells why.
         PeerTimeoutError, CapacityError: this rank could not exchange rows with the others.
         WorldSizeError: the world is not of `runtime.world_size` ranks.

@@ -55,6 +55,11 @@ class TrainConfig(Section):
     recompute_layers: Layers = ()
     """Layers that keep only their input for the backward, which computes their forward again: the same bits in less
     memory and more time. Indices, MTP's modules numbered on from the trunk's layers, or "all"."""
+    verify_every: PositiveInt | None = None
+    """Every so many steps the gradients are computed again, and the run ends if one has other bits: of a GPU that
+    computes wrong now and then, nothing else tells. Costs those steps' forward and backward. Absent: never."""
+    verify_times: PositiveInt = 1
+    """How many times again."""
     target_loss: PositiveFloat | None = None
     """Stop once an evaluation's validation loss (nats a token) is at or under this."""
 

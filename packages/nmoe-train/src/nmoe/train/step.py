@@ -22,6 +22,7 @@ from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import Transport
 from nmoe.train.batches import StepBatch
 from nmoe.train.clock import Moment
+from nmoe.train.errors import NotReproducibleError
 from nmoe.train.figures import FigureBoard, StepFigures
 from nmoe.train.gradients import Gradients, clip_factor
 from nmoe.train.graphs import StepGraphs
@@ -84,11 +85,16 @@ class TrainStep:
             batch: this rank's samples: its micro-batches one after the other. Every step's has the same tensors.
             within: names a part of the step in a trace; within a captured piece, only while it is captured.
             signal: the number of a signal that this rank has got, for all ranks to learn.
+
+        Raises:
+            NotReproducibleError: of a step that is verified; nothing of it was applied.
         """
         factor = lr_factor(self.config.schedule, step, self.config.tokens_per_step)
         self.optimizer.set_step(step=step, lr_factor=factor)
         self._board.begin(signal)
         self._accumulate(batch, within)
+        if self._verifies(step):
+            self._verify(step, batch)
         with within("update"):
             self._run("update", self._update)
         if self._graphs is not None:
@@ -131,6 +137,28 @@ class TrainStep:
             with within("gradients"):
                 self._run("first" if first else "later", differentiate)
             self._board.put_losses(i, self._loss_2)
+
+    def _verifies(self, step: int) -> bool:
+        every = self.config.train.verify_every
+        return every is not None and step % every == 0
+
+    def _verify(self, step: int, batch: StepBatch) -> None:
+        """Computes the gradients again and compares bits. The host waits, and all ranks learn of each other's."""
+        loads = [(router.load, router.load.clone()) for _, router in self.model.routers()]
+        bits = self.gradients.bits()
+        differ = torch.zeros_like(bits, dtype=torch.bool)
+        for _ in range(self.config.train.verify_times):
+            self._accumulate(batch, nullcontext)
+            if self._graphs is not None and self._graphs.replays:
+                self.gradients.replayed()
+            differ |= self.gradients.bits() != bits
+        for load, before in loads:
+            load.copy_(before)
+        told = self._world.share(f"gradients of step {step}, again", bytes(differ.cpu().tolist()))
+        ranks = [rank for rank, of_rank in enumerate(told) if any(of_rank)]
+        if ranks:
+            names = [name for name, *found in zip(self.gradients.parts, *told, strict=True) if any(found)]
+            raise NotReproducibleError(step, names[::-1], ranks)
 
     def _differentiate(self, micro_batch: StepBatch, within: Range, *, first: bool) -> None:
         with within("forward"):
