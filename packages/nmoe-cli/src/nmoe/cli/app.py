@@ -38,7 +38,7 @@ _EXIT_CODES = """Exit codes:
     2  a mistake in the command line or the configuration
     3  missing, damaged or mismatched data or checkpoint
     4  loss or gradient not finite
-    5  the machine lacks something: GPU, memory, disk
+    5  the machine lacks something (GPU, memory, disk), or computes other bits
     6  ranks lost one another: of one, another failed first or did not come
   130  stopped by SIGINT
   143  stopped by SIGTERM"""

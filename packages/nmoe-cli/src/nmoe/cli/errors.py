@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     DIVERGED = 4
     """The loss or a gradient was not finite; the weights are those before that step."""
     ENVIRONMENT = 5
-    """The machine lacks what was asked for (GPU, driver, memory, disk), or computes other bits the second time."""
+    """The machine lacks what was asked for: GPU, driver, memory, disk; or it computes other bits the second time."""
     PEER = 6
     """Of one rank among several: another failed, or did not come; what that one said is the reason."""
     INTERRUPTED = 130

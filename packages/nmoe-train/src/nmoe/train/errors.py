@@ -31,7 +31,7 @@ class NotReproducibleError(TrainError):
         super().__init__(
             f"step {step}: expected gradients of the same bits each time, found others on rank "
             f"{', '.join(map(str, self.ranks))}, of {shown}. The weights are those before this step. A machine that "
-            "computes wrong now and then is likely (of a GPU, nvidia-smi -q counts errors of its memory): resume from a "
+            "computes wrong now and then is likely (of a GPU, nvidia-smi -q counts its memory's errors): resume from a "
             "checkpoint on another one; if it happens there too, report this message and the run's config.toml"
         )
 
