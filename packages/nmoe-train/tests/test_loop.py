@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,13 @@ import torch
 from nmoe.kernels.errors import UnsupportedArchError
 from nmoe.kernels.ops import select_ops
 from nmoe.kernels.reference.master import join_master
+from nmoe.model import checkpoint as checkpoint_module
+from nmoe.model import folder_place
+from nmoe.model.errors import DiskSpaceError
 from nmoe.model.transformer import Transformer
 from nmoe.rdep.transport import open_transport
 from nmoe.rdep.world import alone
+from nmoe.train import checkpointer as checkpointer_module
 from nmoe.train.checkpointer import list_complete, load, newest_complete, step_of
 from nmoe.train.errors import IdentityMismatchError, NonFiniteError, NotReproducibleError, WorldSizeError
 from nmoe.train.loop import train
@@ -268,6 +273,75 @@ def test_a_non_finite_step_is_not_applied_and_says_where(tmp_path, monkeypatch, 
         assert "micro-batch 1, samples 10 to 11" in str(caught.value)
     else:
         assert "of norm.weight." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "schedule", "told"),
+    [
+        (6, {}, None),  # two up, two flat, two down
+        (5, {}, "The run ends at step 5, and learning rates would fall from step 5 to 6 ([schedule])"),
+        (
+            8,
+            {},
+            "Learning rates are 0 from step 6 on ([schedule]), and the run goes on to step 8: "
+            "set train.steps = 6, or more schedule.hold_tokens",
+        ),
+        (8, {"decay_floor": 0.1}, None),
+        (8, {"decay_tokens": 0}, None),
+    ],
+)
+def test_a_schedule_that_does_not_end_with_the_run_is_told(tmp_path, recorder, steps, schedule, told):
+    run_training(tmp_path, config=tiny_config(train={"steps": steps}, schedule=schedule), recorder=recorder)
+    assert recorder.messages == [told] * (told is not None)
+
+
+def with_free_disk(monkeypatch, checkpoints: float):
+    """The disk looks as if so many of the tiny run's checkpoints fitted, whatever is on it."""
+    usage = shutil.disk_usage("/")
+    need = folder_place.space_needed
+    sizes = []
+
+    def space_needed(*arguments):
+        sizes.append(need(*arguments))
+        return sizes[-1]
+
+    monkeypatch.setattr(
+        folder_place.shutil, "disk_usage", lambda path: usage._replace(free=int(checkpoints * sizes[-1]))
+    )
+    for module in (checkpointer_module, checkpoint_module):
+        monkeypatch.setattr(module, "space_needed", space_needed)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(tmp_path, monkeypatch, recorder):
+    with_free_disk(monkeypatch, 0.9)
+    with pytest.raises(DiskSpaceError, match="GB of free disk space"):
+        run_training(tmp_path, recorder=recorder)
+    assert recorder.steps == []
+    recorder = Recorder()
+    run_training(tmp_path, "unsaved", config=tiny_config(checkpoint={"enabled": False}), recorder=recorder)
+    assert (len(recorder.steps), recorder.messages) == (6, [])
+
+
+@pytest.mark.parametrize(
+    ("room", "every", "told"),
+    [
+        (3.5, 1, False),  # two are kept, and a third is written
+        (2.5, 1, True),
+        (2.5, 3, False),  # steps 3 and 6
+        (1.5, 3, True),
+        (1.5, None, False),
+    ],
+)
+def test_a_disk_with_room_for_too_few_checkpoints_is_told(tmp_path, monkeypatch, recorder, room, every, told):
+    with_free_disk(monkeypatch, room)
+    run_training(tmp_path, config=tiny_config(checkpoint={"every": every, "keep": 2}), recorder=recorder)
+    assert len(recorder.steps) == 6
+    at_once = 3 if every == 1 else 2
+    message = (
+        f"The disk has room for {int(room)} of this run's checkpoints, and {at_once} stand there while the last of "
+        "them is written: free some, or set a smaller checkpoint.keep"
+    )
+    assert recorder.messages == [message] * told
 
 
 def test_steps_that_are_verified_have_the_same_bits(tmp_path):

@@ -10,6 +10,7 @@ from nmoe.cli.units import format_bytes, format_count, format_flops
 from nmoe.model.count import count_parameters, flops_per_token
 from nmoe.train.memory import predict_memory
 from nmoe.train.recompute import enough_layers, recompute_share, with_recomputed
+from nmoe.train.schedule import decay_steps, schedule_mismatch
 from nmoe.train.schema import TrainingConfig
 from rich.console import Console
 
@@ -29,6 +30,8 @@ def print_dry_run(console: Console, loaded: LoadedConfig) -> None:
         ("compute", f"{format_flops(flops)} a token, forward and backward"),
         ("step", f"{config.tokens_per_step:,} tokens, {format_flops(flops * config.tokens_per_step)}"),
         ("run", f"{config.train.steps:,} steps, {format_count(config.train.steps * config.tokens_per_step)} tokens"),
+        ("rates", _rates(config)),
+        *([("  but", mismatch)] if (mismatch := schedule_mismatch(config)) else []),
         ("memory", f"that each rank needs, of {config.runtime.world_size}"),
         ("  parameters", format_bytes(need.parameters)),
         ("  gradients", format_bytes(need.gradients)),
@@ -47,6 +50,13 @@ def print_dry_run(console: Console, loaded: LoadedConfig) -> None:
         if spare < 0:
             rows.append(("  remedy", _remedy(config, memory)))
     print_summary(console, "Dry run: nothing was written", rows)
+
+
+def _rates(config: TrainingConfig) -> str:
+    """When learning rates rise and fall."""
+    decay, rise = decay_steps(config.schedule, config.tokens_per_step), config.schedule.warmup_steps
+    full = f"full from step {max(rise, 1):,} on"
+    return full if decay is None else f"{full}, falling from step {decay[0]:,} to {decay[1]:,}"
 
 
 def _recomputed(config: TrainingConfig, need: int) -> str:

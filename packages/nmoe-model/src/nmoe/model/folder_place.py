@@ -85,12 +85,13 @@ def space_needed(files: Iterable[TensorFile], texts: Mapping[str, bytes]) -> int
     return sum(file.size + len(file.members) * 512 for file in files) + sum(map(len, texts.values())) + _HEADROOM
 
 
-def check_free(path: Path, need: int) -> None:
-    """Raises DiskSpaceError if the disk of `path` has not room for `need` bytes."""
+def check_free(path: Path, need: int) -> int:
+    """For how many folders of `need` bytes the disk of `path` has room. Raises DiskSpaceError if not for one."""
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(parent).free
     if free < need:
         raise DiskSpaceError(path, need, free)
+    return free // need
 
 
 @contextmanager

@@ -29,6 +29,9 @@ from nmoe.model.checkpoint import (
     write_folder,
 )
 from nmoe.model.errors import CheckpointError
+from nmoe.model.folder_json import encode_documents
+from nmoe.model.folder_parts import plan_part
+from nmoe.model.folder_place import check_free, space_needed
 from nmoe.model.tensor_pieces import Run, TensorPiece, join_pieces, refuse_parts, whole_pieces
 from nmoe.rdep.world import World, alone
 from nmoe.train.errors import CheckpointWriteError, RefusedCheckpointError
@@ -108,6 +111,20 @@ class Checkpointer:
             target=self._write, args=(path, self._begin(path, pieces, documents)), name=f"checkpoint-{step}"
         )
         self._thread.start()
+
+    def room(self, pieces: Iterable[TensorPiece], documents: Mapping[str, Any]) -> int:
+        """How many such checkpoints can stand in the folder, those that do counted. All ranks call it in lockstep.
+
+        Args:
+            pieces: As `save` takes them.
+            documents: Likewise.
+
+        Raises:
+            nmoe.model.errors.CheckpointError: the disk has no room for one more, or the format cannot hold an entry.
+        """
+        own = space_needed(plan_part(self._world.rank, join_pieces(pieces)), encode_documents(documents))
+        need = sum(map(int, self._world.share("bytes of a checkpoint", str(own).encode())))
+        return check_free(self.path(0), need) + len(list_complete(self.folder))
 
     def wait(self) -> None:
         """Returns once nothing is being written. What it raises, `failure` no longer tells.

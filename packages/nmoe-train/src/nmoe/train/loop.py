@@ -25,6 +25,7 @@ from nmoe.train.profile import StepProfiler
 from nmoe.train.protocols import BatchSource, Documents, Evaluate, Reporter, RunStart
 from nmoe.train.recorder import Recorder
 from nmoe.train.run_folder import RunFolder
+from nmoe.train.schedule import schedule_mismatch
 from nmoe.train.schema import TrainConfig, TrainingConfig
 from nmoe.train.signals import StopSignal
 from nmoe.train.state import TrainState
@@ -179,6 +180,10 @@ def train(
     ):  # fmt: skip
         description = _describe(config, device)
         reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
+        if mismatch := schedule_mismatch(config):
+            reporter.message(mismatch)
+        if config.checkpoint.enabled:
+            _tell_room(checkpointer.room(state.pieces(), state.documents()), config, evaluate_every, reporter)
         due = evaluate is not None and resume is not None and evaluates_at(state.step)
         if due and not _was_evaluated(run, state, world):
             evaluation = measure()  # a kill had come between
@@ -244,6 +249,18 @@ def _finishing(checkpointer: Checkpointer) -> Iterator[None]:
         with suppress(Exception):  # the error that ended the block is the one to tell
             checkpointer.wait()
         raise
+
+
+def _tell_room(room: int, config: TrainingConfig, evaluate_every: int | None, reporter: Reporter) -> None:
+    """One that cannot be written later ends the run there: better told now."""
+    last, kept = config.train.steps, config.checkpoint
+    saved = {last, *(step for every in (kept.every, evaluate_every) if every for step in range(every, last, every))}
+    at_once = min(kept.keep + 1, len(saved))  # with the one that is being written
+    if room < at_once:
+        reporter.message(
+            f"The disk has room for {room} of this run's checkpoints, and {at_once} stand there while the last of "
+            "them is written: free some, or set a smaller checkpoint.keep"
+        )
 
 
 def _tell_failures(checkpointer: Checkpointer, reporter: Reporter) -> None:
