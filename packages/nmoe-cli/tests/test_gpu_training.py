@@ -124,6 +124,7 @@ def test_the_same_bits_twice_and_without_a_graph_and_after_a_kill(tmp_path, star
         "eager": ("runtime.cuda_graph=false",),
         "unmeasured": ("eval.tasks=[]",),
         "recomputed": ("train.recompute_layers=[1, 3]",),
+        "verified": ("train.verify_every=7", "train.verify_times=3"),
     }
     finish(start("whole"))
     expected = digest(tmp_path, "whole", 60)
