@@ -9,7 +9,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-Pins = dict[str, tuple[str, frozenset[str]]]
+Pin = tuple[str, str | None, frozenset[str], frozenset[str]]
+"""Version, address, extras, hashes."""
 
 ENVIRONMENTS = [
     {
@@ -42,13 +43,14 @@ def read(path: str) -> list[tuple[Requirement, frozenset[str]]]:
     return found
 
 
-def pins(requirements: list[tuple[Requirement, frozenset[str]]], environment: dict[str, str]) -> Pins:
-    """What is installed there: by name the version and the hashes."""
-    return {
-        requirement.name: (str(requirement.specifier), hashes)
-        for requirement, hashes in requirements
-        if requirement.marker is None or requirement.marker.evaluate(environment)
-    }
+def pins(requirements: list[tuple[Requirement, frozenset[str]]], environment: dict[str, str]) -> dict[str, set[Pin]]:
+    """What is installed there, by name."""
+    found: dict[str, set[Pin]] = {}
+    for requirement, hashes in requirements:
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            pin = str(requirement.specifier), requirement.url, frozenset(requirement.extras), hashes
+            found.setdefault(requirement.name, set()).add(pin)
+    return found
 
 
 def main() -> int:
@@ -59,9 +61,9 @@ def main() -> int:
         a, b = pins(ours, environment), pins(theirs, environment)
         for name in a.keys() | b.keys():
             if a.get(name) != b.get(name):
-                versions = [pin[name][0] if name in pin else "none" for pin in (a, b)]
+                versions = [", ".join(sorted(pin[0] for pin in of.get(name, ()))) or "none" for of in (a, b)]
                 differences.add(
-                    f"{name}: {versions[0]}, and {versions[1]}" if versions[0] != versions[1] else f"{name}: hashes"
+                    f"{name}: {versions[0]} and {versions[1]}" if len(set(versions)) > 1 else f"{name}: hashes"
                 )
     for difference in sorted(differences):
         print(difference)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from nmoe.model import checkpoint
 from nmoe.model.errors import CorruptCheckpointError, DiskSpaceError, InvalidEntryError
+from nmoe.model.tensor_pieces import whole_pieces
 from nmoe.train import checkpointer as under_test
 from nmoe.train.checkpointer import Checkpointer, list_complete, load, newest_complete, step_of
 from nmoe.train.errors import CheckpointWriteError, RefusedCheckpointError
@@ -405,3 +406,32 @@ def test_a_gpu_state_may_change_right_after_save(tmp_path):
         folder = load(checkpointer.path(step))
         assert folder.tensor("weight").unique().tolist() == [50.0 * step]
         assert folder.tensor("scalar").item() == 50.0 * step
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "there", "to_come", "most"),
+    [
+        (2, None, [], [5], 1),
+        (2, None, [], [1, 2], 2),
+        (2, None, [], range(1, 100), 3),
+        (2, None, [1, 2], [3], 3),
+        (2, None, [1, 2], [], 2),
+        (1, None, [1, 2, 3], [4, 5], 4),  # more were kept before
+        (2, 10, [], range(1, 100), 2 + 9 + 1),
+        (2, 10, [10, 20, 28], [29], 4),
+    ],
+)
+def test_how_many_stand_at_once_is_what_saving_leads_to(tmp_path, keep, keep_every, there, to_come, most):
+    checkpointer = Checkpointer(tmp_path / "checkpoints", keep, keep_every)
+    for step in there:
+        (checkpointer.path(step)).mkdir(parents=True)
+        (checkpointer.path(step) / "manifest.json").touch()
+    pieces = whole_pieces({"a": torch.ones(3)})
+    assert checkpointer.check_room(pieces, {}, to_come)[1] == most
+    seen = [len(list_complete(checkpointer.folder))]
+    for step in to_come:
+        checkpointer.path(step).mkdir(parents=True)
+        (checkpointer.path(step) / "manifest.json").touch()
+        seen.append(len(list_complete(checkpointer.folder)))
+        checkpointer._prune()
+    assert max(seen) == most

@@ -338,10 +338,18 @@ def test_a_disk_with_room_for_too_few_checkpoints_is_told(tmp_path, monkeypatch,
     assert len(recorder.steps) == 6
     at_once = 3 if every == 1 else 2
     message = (
-        f"The disk has room for {int(room)} of this run's checkpoints, and {at_once} stand there while the last of "
-        "them is written: free some, or set a smaller checkpoint.keep"
+        f"The disk has room for {int(room)} of this run's checkpoints, and {at_once} will stand there at once, with "
+        "the one that is being written: free some, or set a smaller checkpoint.keep"
     )
     assert recorder.messages == [message] * told
+
+
+def test_a_full_disk_is_no_reason_not_to_end_a_run_that_was_saved(tmp_path, monkeypatch):
+    run_training(tmp_path)
+    with_free_disk(monkeypatch, 0.0)
+    resume = load(newest_complete(RunFolder(tmp_path, "run").checkpoints))
+    _, outcome = run_training(tmp_path, resume=resume)
+    assert (outcome.status, outcome.step) == ("finished", 6)
 
 
 def test_steps_that_are_verified_have_the_same_bits(tmp_path):

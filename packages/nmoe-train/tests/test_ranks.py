@@ -24,7 +24,7 @@ JOBS = [
     "started:experts_bf16",
     "stopped:experts",
     "faulty:adamw",
-    *(f"refused:{what}" for what in ("loss", "gradient")),
+    *(f"refused:{what}" for what in ("loss", "gradient", "bits")),
 ]
 LIMIT_S = 600
 
@@ -96,8 +96,9 @@ def test_the_comparison_notices_a_missing_rank(done):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_recomputed_layers_give_the_same_bits(done, size):
-    plain, again = (tensors(checkpoint(done, size, name)) for name in ("experts", "experts_recomputed"))
+@pytest.mark.parametrize("name", ["experts_recomputed", "experts_verified"])
+def test_recomputed_layers_and_verified_steps_give_the_same_bits(done, name, size):
+    plain, again = (tensors(checkpoint(done, size, run)) for run in ("experts", name))
     assert same_bits(plain, again)
 
 
@@ -146,9 +147,10 @@ def test_a_signal_on_one_rank_stops_all_at_the_same_step(done, size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_on_one_rank_leaves_all_unchanged(done, what, size):
-    """All name the sample, or the parameter; step 4 was made on all by then, and changed nothing either."""
+@pytest.mark.parametrize("what", ["loss", "gradient", "bits"])
+def test_what_is_refused_on_one_rank_leaves_all_unchanged(done, what, size):
+    """Not finite, or of other bits the second time. All name the sample, or the parameter; step 4 was made on all by
+    then, and changed nothing either."""
     ended = found(done, size, f"refused:{what}")
     assert ended["saved"] == 2
     where = "micro-batch 5, samples 21 to 21" if what == "loss" else "of norm.weight."

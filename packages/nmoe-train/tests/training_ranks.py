@@ -29,7 +29,7 @@ from nmoe.rdep.transport import Transport
 from nmoe.rdep.world import World, join_world
 from nmoe.train import loop, optim
 from nmoe.train.checkpointer import Checkpointer, load, newest_complete, step_of
-from nmoe.train.errors import NonFiniteError, PeerFaultError
+from nmoe.train.errors import NonFiniteError, NotReproducibleError, PeerFaultError
 from nmoe.train.loop import train
 from nmoe.train.recorder import STEPS_LATE
 from nmoe.train.run_folder import RunFolder
@@ -69,6 +69,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "experts_muon": {"model": EXPERTS, "optim": MUON},
     "experts_bf16": {"model": EXPERTS, "optim": MUON, "runtime": {"precision": "bf16"}},
     "experts_recomputed": {"model": EXPERTS, "optim": ADAMW, "train": {"recompute_layers": "all"}},
+    "experts_verified": {"model": EXPERTS, "optim": ADAMW, "train": {"verify_every": 1, "verify_times": 2}},
     "experts_documents": {"model": EXPERTS, "optim": ADAMW},
 }
 """Sections that a run has of its own."""
@@ -255,14 +256,18 @@ def faulty(ranks: Ranks, name: str) -> dict[str, Any]:
 
 
 def refused(ranks: Ranks, what: str) -> dict[str, Any]:
-    """Sample 21 (of step 3) gives a loss or a gradient that is not finite; figures are read a step late."""
+    """Sample 21 (of step 3) gives a loss or a gradient that is not finite, or other bits when it is verified; figures
+    are read a step late."""
     poison = torch.from_numpy(Tokens(24).batch(21, 1))
-    original = Transformer.training_loss
+    original, seen = Transformer.training_loss, []
 
     def poisoned(self: Transformer, sample: torch.Tensor, n_tokens: int, **options: Any) -> Any:
         loss = original(self, sample, n_tokens, **options)
         if not torch.equal(sample, poison):
             return loss
+        if what == "bits":
+            seen.append(None)
+            return loss._replace(total=loss.total + (len(seen) - 1) * 1e-4 * self.norm.weight[0])
         if what == "loss":
             return loss._replace(total=loss.total * float("nan"), next_token=loss.next_token * float("nan"))
         weight = self.norm.weight
@@ -270,10 +275,11 @@ def refused(ranks: Ranks, what: str) -> dict[str, Any]:
 
     Transformer.training_loss = poisoned  # type: ignore[method-assign]
     STEPS_LATE["cpu"] = 1
-    config = config_of("experts_bf16", ranks.world.size, train={"steps": 9}, checkpoint={"every": 2})
+    verified = {"verify_every": 3} if what == "bits" else {}
+    config = config_of("experts_bf16", ranks.world.size, train={"steps": 9, **verified}, checkpoint={"every": 2})
     try:
         ranks.run(f"refused-{what}", config)
-    except NonFiniteError as error:
+    except (NonFiniteError, NotReproducibleError) as error:
         message = str(error)
     finally:
         Transformer.training_loss = original  # type: ignore[method-assign]

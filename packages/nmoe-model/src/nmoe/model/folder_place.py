@@ -85,13 +85,17 @@ def space_needed(files: Iterable[TensorFile], texts: Mapping[str, bytes]) -> int
     return sum(file.size + len(file.members) * 512 for file in files) + sum(map(len, texts.values())) + _HEADROOM
 
 
-def check_free(path: Path, need: int) -> int:
-    """For how many folders of `need` bytes the disk of `path` has room. Raises DiskSpaceError if not for one."""
+def free_space(path: Path) -> int:
+    """Bytes that are free on the disk where `path` is, or would be."""
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(parent).free
+    return shutil.disk_usage(parent).free
+
+
+def check_free(path: Path, need: int) -> None:
+    """Raises DiskSpaceError if the disk of `path` has not room for `need` bytes."""
+    free = free_space(path)
     if free < need:
         raise DiskSpaceError(path, need, free)
-    return free // need
 
 
 @contextmanager

@@ -7,11 +7,12 @@ Several ranks write one checkpoint together, each the pieces that it holds; any 
 A name that begins with a dot belongs to a write or a removal that has not ended, and is nobody's checkpoint.
 """
 
+import json
 import re
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -28,10 +29,10 @@ from nmoe.model.checkpoint import (
     open_folder,
     write_folder,
 )
-from nmoe.model.errors import CheckpointError
+from nmoe.model.errors import CheckpointError, DiskSpaceError
 from nmoe.model.folder_json import encode_documents
 from nmoe.model.folder_parts import plan_part
-from nmoe.model.folder_place import check_free, space_needed
+from nmoe.model.folder_place import free_space, space_needed
 from nmoe.model.tensor_pieces import Run, TensorPiece, join_pieces, refuse_parts, whole_pieces
 from nmoe.rdep.world import World, alone
 from nmoe.train.errors import CheckpointWriteError, RefusedCheckpointError
@@ -112,19 +113,44 @@ class Checkpointer:
         )
         self._thread.start()
 
-    def room(self, pieces: Iterable[TensorPiece], documents: Mapping[str, Any]) -> int:
-        """How many such checkpoints can stand in the folder, those that do counted. All ranks call it in lockstep.
+    def check_room(
+        self, pieces: Iterable[TensorPiece], documents: Mapping[str, Any], to_come: Iterable[int]
+    ) -> tuple[int, int]:
+        """Refuses what its disk cannot hold, before it is there to be saved. All ranks call it in lockstep.
 
         Args:
             pieces: As `save` takes them.
             documents: Likewise.
+            to_come: The steps that will be saved, in order.
+
+        Returns:
+            How many such checkpoints can stand in the folder, and how many will at once: those that stay, and the one
+            that is being written.
 
         Raises:
             nmoe.model.errors.CheckpointError: the disk has no room for one more, or the format cannot hold an entry.
         """
         own = space_needed(plan_part(self._world.rank, join_pieces(pieces)), encode_documents(documents))
         need = sum(map(int, self._world.share("bytes of a checkpoint", str(own).encode())))
-        return check_free(self.path(0), need) + len(list_complete(self.folder))
+        there = [step for step, path in _steps(self.folder) if is_complete(path)]
+        found = json.dumps([free_space(self.folder), there]).encode()
+        free, there = json.loads(self._world.share("room for a checkpoint", found)[0])  # as rank 0 finds it
+        if free < need:
+            raise DiskSpaceError(self.folder, need, free)
+        return free // need + len(there), self._most_at_once(there, to_come)
+
+    def _most_at_once(self, there: Sequence[int], to_come: Iterable[int]) -> int:
+        newest, lasting, most = deque[int](), 0, len(there)
+        for number, step in enumerate((*there, *to_come), 1):
+            standing = number if number <= len(there) + 1 else lasting + len(newest) + 1
+            most = max(most, standing)
+            newest.append(step)
+            if len(newest) > self._keep:
+                lasting += self._lasts(newest.popleft())
+        return most
+
+    def _lasts(self, step: int) -> bool:
+        return self._keep_every is not None and step % self._keep_every == 0
 
     def wait(self) -> None:
         """Returns once nothing is being written. What it raises, `failure` no longer tells.
@@ -217,7 +243,7 @@ class Checkpointer:
     def _prune(self) -> None:
         complete = list_complete(self.folder)
         for path in complete[: -self._keep]:
-            if self._keep_every is None or step_of(path) % self._keep_every:
+            if not self._lasts(step_of(path)):
                 _remove(path)
 
 

@@ -5,6 +5,7 @@ The vector holds, one after the other:
     health          the router figures (`nmoe.train.health`)
     losses          of each micro-batch of the global batch its shares of next-token and total loss
     norm            the gradient's, of all ranks
+    differing       of the ranks, how many found other bits when they computed the step's gradients again
 
 and of several ranks, where each adds its own to the zeros of the others:
 
@@ -37,6 +38,8 @@ class StepFigures:
     """The number of a signal that a rank has got; one rank alone knows without being told."""
     faulty: tuple[int, ...] = ()
     """Ranks on which something went wrong with the transport."""
+    differing: int = 0
+    """Ranks whose gradients had other bits when they were computed again."""
 
     @property
     def loss(self) -> float:
@@ -64,14 +67,13 @@ class FigureBoard:
         self._loads = [router.load for _, router in model.routers()]
         several = world.size if world.size > 1 else 0
         loads = sum(load.numel() for load in self._loads) if several else 0
-        sizes = [router_figures(model).numel(), 2 * n_micro * world.size, 1, several, several, several, loads]
+        sizes = [router_figures(model).numel(), 2 * n_micro * world.size, 1, 1, several, several, several, loads]
         vector = torch.zeros(sum(sizes), device=model.head.weight.device)
-        self._health, self._losses, self._norm, self._norms, self._signals, self._faults, self._sums = vector.split(
-            sizes
-        )
+        self._health, self._losses, self._norm, self._differing, *of_ranks = vector.split(sizes)
+        self._norms, self._signals, self._faults, self._sums = of_ranks
         self._finite = vector[sizes[0] : sizes[0] + sizes[1] + 1]
         self._summed = vector[sizes[0] :]
-        self._sizes = sizes[:6]
+        self._sizes = sizes[:7]
         self.told = vector[: sum(self._sizes)]
         """What the host reads."""
 
@@ -92,12 +94,20 @@ class FigureBoard:
         place = 2 * (micro_batch * self._world.size + self._world.rank)
         self._losses[place : place + 2].copy_(loss_2)
 
+    def put_differing(self, differs: torch.Tensor | None) -> None:
+        """Whether this rank's gradients had other bits when they were computed again; None: they were not."""
+        if differs is None:
+            self._differing.zero_()
+        else:
+            self._differing.copy_(differs)
+
     def exchange(self, norm: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
         """Sums over ranks. The routers' loads are then those of all.
 
         Args:
             norm: of the gradients that this rank accumulates.
-            ok: int32 scalar; becomes 0 if a figure is not finite, or a rank has a fault. The same on all ranks.
+            ok: int32 scalar; becomes 0 if a figure is not finite, gradients had other bits the second time, or a rank
+                has a fault. The same on all ranks.
 
         Returns:
             The norm of all ranks' gradients, a scalar on the device.
@@ -108,6 +118,7 @@ class FigureBoard:
             ok.mul_(self._faults.sum() == 0)
         self._norm.copy_(norm)
         ok.mul_(torch.isfinite(self._finite).all())
+        ok.mul_(self._differing.sum() == 0)
         self._health.copy_(router_figures(self._model).flatten())
         return norm
 
@@ -127,11 +138,12 @@ class FigureBoard:
         for size in self._sizes:
             parts.append(values[start : start + size])
             start += size
-        health, losses, (norm,), _, signals, faults = parts
+        health, losses, (norm,), (differing,), _, signals, faults = parts
         return StepFigures(
             losses=tuple(zip(losses[::2], losses[1::2], strict=True)),
             grad_norm=norm,
             health=health_tags(self._model, health),
             signal=next((int(number) for number in signals if number), None),
             faulty=tuple(rank for rank, fault in enumerate(faults) if fault),
+            differing=int(differing),
         )

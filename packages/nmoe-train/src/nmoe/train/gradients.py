@@ -12,6 +12,9 @@ from nmoe.kernels.ops import Ops
 from nmoe.train.flat import FlatParameters
 from nmoe.train.reducer import Reducer, clear_unreached
 
+_SUMMED_AT_ONCE = 1 << 24
+"""Of bits: PyTorch widens them to 8 bytes each first, 128 MiB."""
+
 
 class Gradients:
     """Gives every parameter a `main_grad`, which takes its gradients, and sums them over a step.
@@ -73,9 +76,12 @@ class Gradients:
     def bits(self) -> torch.Tensor:
         """Of each parameter, in order, the bits of what stands in its accumulator, added up as integers: int64, on the
         device. Accumulators that differ have, but for chance, other sums."""
-        parts = self._parts(self._sums).values()
         none = torch.zeros((), dtype=torch.int64, device=self._sums[0].device)
-        return torch.stack([sum((p.view(torch.int32).sum(dtype=torch.int64) for p in held), none) for held in parts])
+        slices = [
+            [piece for part in held for piece in part.view(-1).view(torch.int32).split(_SUMMED_AT_ONCE)]
+            for held in self._parts(self._sums).values()
+        ]
+        return torch.stack([sum((piece.sum(dtype=torch.int64) for piece in pieces), none) for pieces in slices])
 
     def _parts(self, sums: Sequence[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
         held = {

@@ -165,6 +165,9 @@ def train(
     def evaluates_at(step: int) -> bool:
         return evaluate is not None and (step == settings.steps or _is_due(step, evaluate_every))
 
+    def saves_at(step: int) -> bool:
+        return step == settings.steps or evaluates_at(step) or _is_due(step, config.checkpoint.every)
+
     def measure() -> Mapping[str, float]:
         assert evaluate is not None, "there is no evaluation without a function that measures"
         with train_step.memory():
@@ -182,8 +185,9 @@ def train(
         reporter.start(RunStart(run.run_id, run.path, settings.steps, state.step, config.tokens_per_step, description))
         if mismatch := schedule_mismatch(config):
             reporter.message(mismatch)
-        if config.checkpoint.enabled:
-            _tell_room(checkpointer.room(state.pieces(), state.documents()), config, evaluate_every, reporter)
+        if config.checkpoint.enabled and state.step < settings.steps:
+            to_come = [n for n in range(state.step + 1, settings.steps + 1) if saves_at(n)]
+            _tell_room(*checkpointer.check_room(state.pieces(), state.documents(), to_come), reporter)
         due = evaluate is not None and resume is not None and evaluates_at(state.step)
         if due and not _was_evaluated(run, state, world):
             evaluation = measure()  # a kill had come between
@@ -201,7 +205,7 @@ def train(
                 _tell_failures(checkpointer, reporter)
 
                 # ---- save, then evaluate: an evaluation never costs a step -------------------------------------------
-                due = step == settings.steps or evaluates_at(step) or _is_due(step, config.checkpoint.every)
+                due = saves_at(step)
                 if due:
                     recorder.finish()
                 if config.checkpoint.enabled and due:
@@ -251,15 +255,12 @@ def _finishing(checkpointer: Checkpointer) -> Iterator[None]:
         raise
 
 
-def _tell_room(room: int, config: TrainingConfig, evaluate_every: int | None, reporter: Reporter) -> None:
-    """One that cannot be written later ends the run there: better told now."""
-    last, kept = config.train.steps, config.checkpoint
-    saved = {last, *(step for every in (kept.every, evaluate_every) if every for step in range(every, last, every))}
-    at_once = min(kept.keep + 1, len(saved))  # with the one that is being written
+def _tell_room(room: int, at_once: int, reporter: Reporter) -> None:
+    """A checkpoint that cannot be written ends the run there: better told now."""
     if room < at_once:
         reporter.message(
-            f"The disk has room for {room} of this run's checkpoints, and {at_once} stand there while the last of "
-            "them is written: free some, or set a smaller checkpoint.keep"
+            f"The disk has room for {room} of this run's checkpoints, and {at_once} will stand there at once, with the "
+            "one that is being written: free some, or set a smaller checkpoint.keep"
         )
 
 

@@ -45,7 +45,7 @@ class Recorder:
 
         Raises:
             NonFiniteError: that step was not applied, nor was any after it.
-            PeerFaultError, PeerTimeoutError, CapacityError: the same.
+            NotReproducibleError, PeerFaultError, PeerTimeoutError, CapacityError: the same.
         """
         self._launched.append(launched)
         while len(self._launched) > self._late:
@@ -55,7 +55,7 @@ class Recorder:
         """Records all: every step launched has been applied.
 
         Raises:
-            NonFiniteError, PeerFaultError, PeerTimeoutError, CapacityError: as `add`.
+            NonFiniteError, NotReproducibleError, PeerFaultError, PeerTimeoutError, CapacityError: as `add`.
         """
         while self._launched:
             self._record(self._launched.popleft())
@@ -68,6 +68,8 @@ class Recorder:
         if figures.faulty:
             raise PeerFaultError(launched.step, figures.faulty)
         self._refuse_non_finite(launched, figures)
+        if figures.differing:
+            raise self.train_step.not_reproducible(launched)
         self.loss = figures.loss
         self.signal = self.signal or figures.signal
         step, steps = launched.step, self.config.train.steps

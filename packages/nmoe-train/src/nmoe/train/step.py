@@ -4,9 +4,9 @@ On a GPU the step is captured in CUDA graphs, three of them: the first micro-bat
 step's; a later one, whose gradients are added, replayed for each; and the update. All that changes from step to step
 lies in device memory before they run: tokens, documents, learning rates, and `ok`.
 
-`ok` is an int32 word, the same on all ranks, 1 until a loss or the gradient's norm is not finite or something goes
-wrong between ranks, and 0 ever after. The update asks it on the device and then changes nothing; the host, which learns
-of it later, finds the state as the last good step left it.
+`ok` is an int32 word, the same on all ranks, 1 until a loss or the gradient's norm is not finite, gradients have other
+bits when they are computed again, or something goes wrong between ranks, and 0 ever after. The update asks it on the
+device and then changes nothing; the host, which learns of it later, finds the state as the last good step left it.
 
 Shapes: those of `nmoe.train.batches`.
 """
@@ -36,8 +36,18 @@ Range = Callable[[str], AbstractContextManager[Any]]
 class LaunchedStep:
     """A step that the device has been told to make."""
 
-    def __init__(self, step: int, cursor: int, batch: StepBatch, lr_factor: float, board: FigureBoard) -> None:
+    def __init__(
+        self,
+        step: int,
+        cursor: int,
+        batch: StepBatch,
+        lr_factor: float,
+        board: FigureBoard,
+        differ: torch.Tensor | None = None,
+    ) -> None:
         self.step, self.cursor, self.batch, self.lr_factor = step, cursor, batch, lr_factor
+        self.differ = differ
+        """Of a verified step: the parameters whose gradients had other bits the second time."""
         self._board = board
         self._figures = torch.empty(board.told.shape, dtype=board.told.dtype, pin_memory=board.told.is_cuda)
         self._figures.copy_(board.told, non_blocking=True)
@@ -85,22 +95,21 @@ class TrainStep:
             batch: this rank's samples: its micro-batches one after the other. Every step's has the same tensors.
             within: names a part of the step in a trace; within a captured piece, only while it is captured.
             signal: the number of a signal that this rank has got, for all ranks to learn.
-
-        Raises:
-            NotReproducibleError: of a step that is verified; nothing of it was applied.
         """
         factor = lr_factor(self.config.schedule, step, self.config.tokens_per_step)
         self.optimizer.set_step(step=step, lr_factor=factor)
         self._board.begin(signal)
         self._accumulate(batch, within)
-        if self._verifies(step):
-            self._verify(step, batch)
+        every = self.config.train.verify_every
+        differ = self._verify(batch) if every is not None and step % every == 0 else None
+        if every is not None:
+            self._board.put_differing(None if differ is None else differ.any())
         with within("update"):
             self._run("update", self._update)
         if self._graphs is not None:
             self._graphs.warm()
             self.gradients.replayed()
-        return LaunchedStep(step, cursor, batch, factor, self._board)
+        return LaunchedStep(step, cursor, batch, factor, self._board, differ)
 
     def not_finite(self, launched: LaunchedStep) -> list[str]:
         """Names of the parameters whose gradients a refused step made NaN or infinite: they are computed again, from
@@ -110,6 +119,15 @@ class TrainStep:
         names = json.dumps(self.gradients.not_finite()).encode()
         told = self._world.share(f"not finite in step {launched.step}", names)
         return list(dict.fromkeys(name for of_rank in told for name in json.loads(of_rank)))
+
+    def not_reproducible(self, launched: LaunchedStep) -> NotReproducibleError:
+        """What a step found that was verified and refused. All ranks tell one another together."""
+        assert launched.differ is not None, "a step that was not verified found nothing"
+        own = bytes(launched.differ.cpu().tolist())
+        told = self._world.share(f"gradients of step {launched.step}, again", own)
+        ranks = [rank for rank, of_rank in enumerate(told) if any(of_rank)]
+        names = [name for name, *found in zip(self.gradients.parts, *told, strict=True) if any(found)]
+        return NotReproducibleError(launched.step, names[::-1], ranks)
 
     @contextmanager
     def memory(self) -> Iterator[None]:
@@ -138,12 +156,8 @@ class TrainStep:
                 self._run("first" if first else "later", differentiate)
             self._board.put_losses(i, self._loss_2)
 
-    def _verifies(self, step: int) -> bool:
-        every = self.config.train.verify_every
-        return every is not None and step % every == 0
-
-    def _verify(self, step: int, batch: StepBatch) -> None:
-        """Computes the gradients again and compares bits. The host waits, and all ranks learn of each other's."""
+    def _verify(self, batch: StepBatch) -> torch.Tensor:
+        """Computes the gradients again. The parameters, in order, of which they had other bits, on the device."""
         loads = [(router.load, router.load.clone()) for _, router in self.model.routers()]
         bits = self.gradients.bits()
         differ = torch.zeros_like(bits, dtype=torch.bool)
@@ -154,11 +168,7 @@ class TrainStep:
             differ |= self.gradients.bits() != bits
         for load, before in loads:
             load.copy_(before)
-        told = self._world.share(f"gradients of step {step}, again", bytes(differ.cpu().tolist()))
-        ranks = [rank for rank, of_rank in enumerate(told) if any(of_rank)]
-        if ranks:
-            names = [name for name, *found in zip(self.gradients.parts, *told, strict=True) if any(found)]
-            raise NotReproducibleError(step, names[::-1], ranks)
+        return differ
 
     def _differentiate(self, micro_batch: StepBatch, within: Range, *, first: bool) -> None:
         with within("forward"):
