@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 
 import pytest
 from nmoe.cli.config import load_config
@@ -186,6 +187,23 @@ def test_an_interrupt_says_how_to_go_on(n, text, tmp_path, monkeypatch):
     assert "Going on in" in outcome.err
     assert "36 documents" in outcome.out
     assert not (tmp_path / "o.partial").exists()
+
+
+def test_a_line_to_mend_comes_with_what_becomes_of_the_work(n, text, tmp_path, monkeypatch):
+    import nmoe.data.readers
+
+    monkeypatch.setattr(nmoe.data.readers, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(nmoe.data.readers, "_CHUNK", 1000)
+    lines = text.read_text()
+    text.write_text(lines + "{no JSON\n")
+    outcome = n("data", "prep", text, "--output", tmp_path / "o", "--workers", "1")
+    assert outcome.code == ExitCode.DATA
+    assert "Mend the line" in outcome.err
+    assert f"{tmp_path / 'o.partial'}: it is of the source as it was, so delete that folder if you mend" in outcome.err
+    text.write_text(lines)
+    assert "delete that folder to start anew" in n("data", "prep", text, "--output", tmp_path / "o").err
+    shutil.rmtree(tmp_path / "o.partial")
+    assert n("data", "prep", text, "--output", tmp_path / "o").code == ExitCode.OK
 
 
 @pytest.mark.parametrize(

@@ -120,12 +120,16 @@ def test_recomputed_layers_tell_what_they_save_and_cost(n, config_file):
     assert row(table, "recomputed").startswith("layer 3: ")
 
 
-@pytest.mark.parametrize(("kernels", "listed"), [("native", False), ("reference", True)])
-def test_only_devices_that_the_kernels_are_for_are_listed(monkeypatch, kernels, listed):
+@pytest.mark.parametrize(
+    ("kernels", "n_ranks", "a100", "b200"),
+    [("native", 1, False, True), ("native", 2, False, False), ("reference", 1, True, True)],
+)
+def test_only_devices_that_the_kernels_are_for_are_listed(monkeypatch, kernels, n_ranks, a100, b200):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    names = [name for name, _ in device_memory("cuda", kernels)]
+    names = [name for name, _ in device_memory("cuda", kernels, n_ranks)]
     assert "NVIDIA H200" in names
-    assert ("NVIDIA A100-SXM4-80GB" in names) == listed
+    assert ("NVIDIA A100-SXM4-80GB" in names) == a100
+    assert ("NVIDIA B200" in names) == b200
 
 
 def test_what_does_not_fit_comes_with_the_layers_that_would_make_it_fit(n, monkeypatch, config_file):
@@ -134,7 +138,7 @@ def test_what_does_not_fit_comes_with_the_layers_that_would_make_it_fit(n, monke
     one, every = (predict_memory(with_recomputed(config, layers)).total for layers in ([1], range(6)))
 
     def remedy(memory):
-        monkeypatch.setattr("nmoe.cli.dry_run.device_memory", lambda device, kernels: [("a device", memory)])
+        monkeypatch.setattr("nmoe.cli.dry_run.device_memory", lambda *how: [("a device", memory)])
         outcome = n("train", path, "--dry-run")
         assert outcome.code == ExitCode.OK
         return row(outcome.out.partition("== ")[2], "remedy")

@@ -1,5 +1,6 @@
 """`n eval`, `n generate` and `n import` around their main path, and what a start of training checks of its data."""
 
+import base64
 import json
 import re
 import shutil
@@ -228,6 +229,53 @@ def test_the_base_that_import_prints_works_from_any_folder(n, trained, config_fi
     outcome = n("train", config, "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "kv_lora_rank = 16" in outcome.out
+
+
+def test_import_keeps_what_export_said_of_tokenizer_and_context(n, trained, tmp_path):
+    for name, source, *options in (("hf", trained), ("again", tmp_path / "model", "--max-position-embeddings", "48")):
+        assert n("export", source, "--output", tmp_path / name, *options).code == 0
+        outcome = n("import", tmp_path / name, "--output", tmp_path / ("model" if name == "hf" else "last"))
+        assert outcome.code == 0, outcome.err
+        assert re.search(r"tokenizer +byte\n", outcome.out)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["max_position_embeddings"] == 48
+    assert n("export", tmp_path / "last", "--output", tmp_path / "third").code == 0
+    configs = [(tmp_path / name / "tokenizer_config.json").read_bytes() for name in ("again", "third")]
+    assert configs[0] == configs[1]
+    assert n("generate", tmp_path / "last", "--prompt", "the", "--max-tokens", "3").code == 0
+    outcome = n("eval", tmp_path / "last")
+    assert outcome.code == 2
+    assert "add --seq-len; its context is 48 tokens" in outcome.err
+
+    other = tmp_path / "other.tiktoken"
+    other.write_text("".join(f"{base64.b64encode(bytes([255 - rank])).decode()} {rank}\n" for rank in range(256)))
+    outcome = n("import", tmp_path / "hf", "--output", tmp_path / "wrong", "--tokenizer", other)
+    assert outcome.code == 2
+    assert "its ids mean other text" in outcome.err
+    assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", "{}", '{"nmoe_tokenizer": 3}', '{"nmoe_tokenizer": {"name": "byte"}}']
+)
+def test_import_of_anothers_folder_knows_no_tokenizer(n, trained, tmp_path, text):
+    assert n("export", trained, "--output", tmp_path / "hf").code == 0
+    config = tmp_path / "hf" / "tokenizer_config.json"
+    config.unlink()
+    if text is not None:
+        config.write_text(text)
+    outcome = n("import", tmp_path / "hf", "--output", tmp_path / "model")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"tokenizer +not known\n", outcome.out)
+    outcome = n("generate", tmp_path / "model", "--prompt", "the")
+    assert outcome.code == 2
+    assert "names no tokenizer" in outcome.err
+
+
+@pytest.mark.parametrize("length", ["0", "-1"])
+def test_a_context_of_no_tokens_is_refused(n, trained, tmp_path, length):
+    outcome = n("export", trained, "--output", tmp_path / "hf", "--max-position-embeddings", length)
+    assert outcome.code == 2
+    assert f"expected 1 or more, found {length}" in outcome.err
 
 
 # ---- profile -------------------------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_export_and_import_give_the_same_model_back(n, small, prepared, trained,
     outcome = n("export", trained, "--output", str(exported))
     assert outcome.code == 0, outcome.err
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in exported.iterdir()}
-    outcome = n("import", str(exported), "--output", str(imported), "--tokenizer", "byte")
+    outcome = n("import", str(exported), "--output", str(imported))
     assert outcome.code == 0, outcome.err
     texts = [
         n("generate", name, "--prompt", "the", "--temperature", "0", "--max-tokens", "12").out

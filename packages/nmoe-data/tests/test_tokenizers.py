@@ -1,6 +1,8 @@
 import base64
+import inspect
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -256,16 +258,27 @@ def test_missing_file_and_unknown_name():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "o200k_harmony"])
-def test_no_cache_and_no_network_is_said(name, tmp_path, monkeypatch):
+def test_no_cache_and_no_network_is_said_with_what_to_fetch(name, tmp_path, monkeypatch):
     import tiktoken.load
+    import tiktoken_ext.openai_public
+
+    asked = []
 
     def unreachable(path):
+        asked.append(path)
         raise ConnectionError("no route to host")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.load, "read_file", unreachable)
-    with pytest.raises(TokenizerUnavailableError, match="TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(TokenizerUnavailableError, match="TIKTOKEN_CACHE_DIR") as caught:
         load_tokenizer(name)
+    files = re.findall(r"(https:\S+) as (\w+)", caught.value.remedy)
+    assert files[0][0] == asked[0]
+    monkeypatch.setattr(tiktoken.load, "read_file", lambda path: path.encode())
+    for address, kept_as in files:  # by the cache itself
+        assert address in inspect.getsource(tiktoken_ext.openai_public)
+        tiktoken.load.read_file_cached(address)
+        assert (tmp_path / kept_as).read_text() == address
 
 
 def test_config_names_eos():

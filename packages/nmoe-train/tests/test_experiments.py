@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,31 @@ def test_not_a_number_is_recorded_as_unknown(database):
     assert database.get("r").train_loss == float("inf")
 
 
+def test_the_time_between_an_end_and_its_going_on_is_not_counted(database, monkeypatch):
+    clock = [datetime(2026, 1, 1, tzinfo=UTC)]
+
+    def after(hours: float) -> None:
+        clock[0] += timedelta(hours=hours)
+
+    monkeypatch.setattr("nmoe.train.experiments._now", lambda: clock[0].isoformat(timespec="microseconds"))
+    start(database, "r")
+    after(hours=2)
+    database.finish("r", "interrupted")
+    assert database.get("r").seconds == 2 * 3600
+    after(hours=50)
+    start(database, "r", step=5)
+    assert database.get("r").seconds == 2 * 3600
+    after(hours=1)
+    database.update("r", step=7)
+    assert database.get("r").seconds == 3 * 3600
+    after(hours=30)  # killed: the last that was heard of it counts
+    start(database, "r", step=6)
+    after(hours=0.5)
+    database.finish("r", "finished")
+    assert database.get("r").seconds == 3.5 * 3600
+    assert database.get("r").started == datetime(2026, 1, 1, tzinfo=UTC)
+
+
 def test_an_unknown_run_is_refused_with_the_nearest_name(database):
     for use in (database.get, database.update, lambda run_id: database.finish(run_id, "finished")):
         with pytest.raises(UnknownRunError):
@@ -133,8 +158,8 @@ def test_a_newer_database_is_refused(database):
     start(database, "r")
     database.close()
     with sqlite3.connect(database.path) as connection:
-        connection.execute("PRAGMA user_version = 3")
-    with pytest.raises(ExperimentsVersionError, match="at most version 2, found 3"):
+        connection.execute("PRAGMA user_version = 4")
+    with pytest.raises(ExperimentsVersionError, match="at most version 3, found 4"):
         database.list()
 
 
@@ -187,8 +212,12 @@ def test_a_database_of_before_evaluations_is_brought_up_to_date(database):
     database.close()
     with sqlite3.connect(database.path) as connection:  # as the first version made it
         connection.execute("DROP TABLE evaluations")
+        for column in ("resumed", "seconds_before"):
+            connection.execute(f"ALTER TABLE runs DROP COLUMN {column}")
+        connection.execute("UPDATE runs SET updated = started")
         connection.execute("PRAGMA user_version = 1")
     assert database.get("r").status == "running"
+    assert database.get("r").seconds == 0.0
     assert database.evaluations() == []
     database.record_evaluation([figure()])
     assert told(database.evaluations()) == [figure()]

@@ -43,7 +43,7 @@ def print_dry_run(console: Console, loaded: LoadedConfig) -> None:
     ]
     if config.recomputed_layers:
         rows.append(("  recomputed", _recomputed(config, need.total)))
-    for name, memory in device_memory(config.runtime.device, config.runtime.kernels):
+    for name, memory in device_memory(config.runtime.device, config.runtime.kernels, config.runtime.world_size):
         spare = memory - need.total
         verdict = f"{format_bytes(spare)} to spare" if spare >= 0 else f"too small by {format_bytes(-spare)}"
         rows.append((name, f"{format_bytes(memory)}: {verdict}"))
@@ -93,19 +93,21 @@ def _layers(layers: Sequence[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {', '.join(words)}"
 
 
-def device_memory(device: str, kernels: str) -> list[tuple[str, int]]:
-    """Name and bytes of the device at hand; without a GPU, for CUDA, of every device that the kernels are for and
-    whose limits are known."""
+def device_memory(device: str, kernels: str, n_ranks: int) -> list[tuple[str, int]]:
+    """Name and bytes of the device at hand; without a GPU, for CUDA, of every device that the kernels are for, on so
+    many ranks, and whose limits are known."""
     if device == "cpu":
         return [("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     import torch
     from nmoe.kernels.arch import NATIVE_ARCHES, known_devices
+    from nmoe.kernels.native.grouped_gemm_cuda import ARCHES as GROUPED_ARCHES
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return [(properties.name, properties.total_memory)]
+    arches = GROUPED_ARCHES if n_ranks > 1 else NATIVE_ARCHES
     return [
         (name, limits.memory_bytes)
         for name, limits in known_devices().items()
-        if kernels != "native" or limits.arch in NATIVE_ARCHES
+        if kernels != "native" or limits.arch in arches
     ]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from nmoe.cli.config import RunConfig, load_config
 from nmoe.cli.context import Context
+from nmoe.cli.context_length import context_length
 from nmoe.cli.errors import UsageError
 from nmoe.cli.eval_request import EvalRequest
 from nmoe.cli.locate import Located, locate_model
@@ -70,7 +71,9 @@ def plan_of(request: EvalRequest, context: Context) -> Plan:
     config = load_config(located.run.config, environ=context.environ).config if located.run is not None else None
     length = request.seq_len or (config.train.seq_len if config else None)
     if length is None:
-        raise UsageError(f"{request.run} is no run and names no sequence length: add --seq-len")
+        most = context_length(open_folder(located.folder, verify=False), None)
+        words = "" if most is None else f"; its context is {most} tokens"
+        raise UsageError(f"{request.run} is no run and names no sequence length: add --seq-len{words}")
     if request.gpus is not None and request.device == "cpu":
         raise UsageError(f"--gpus {request.gpus}: expected no --device cpu beside it: leave out one of them")
     own: Device = config.runtime.device if config else "cpu"

@@ -24,7 +24,15 @@ def show(console: Console, results: Results) -> None:
         print_line(console, f"Note: {warning}")
 
 
-def results_folder(parent: Path, step: int | None, names: Sequence[str], limit: int | None) -> Path:
+def results_folder(
+    parent: Path,
+    step: int | None,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    data: Path | None = None,
+    seq_len: int | None = None,
+) -> Path:
     """Where results go by default: what was asked for names the folder, so that asking again writes the same files, and
     asking for something else leaves them.
 
@@ -33,12 +41,26 @@ def results_folder(parent: Path, step: int | None, names: Sequence[str], limit: 
         step: of the checkpoint.
         names: of the tasks.
         limit: examples of each.
+        data: the folder that was named for their data.
+        seq_len: that was asked for in place of the run's own.
     """
-    asked = "+".join(names).replace("/", ".").replace(":", "-")
-    if len(asked) > 100:  # a folder's name has a longest length
-        asked = f"{asked[:80]}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
-    folder = parent / "eval" if step is None else parent / "eval" / f"step_{step:08d}"
-    return folder / (asked if limit is None else f"{asked}-first-{limit}")
+    asked = _short("+".join(names).replace("/", ".").replace(":", "-"))
+    if limit is not None:
+        asked += f"-first-{limit}"
+    if seq_len is not None:
+        asked += f"-seq-{seq_len}"
+    if data is not None:  # two folders may have the same name
+        asked += f"-of-{_short(data.resolve().name)}-{_digest(str(data.resolve()))[:8]}"
+    return (parent / "eval" if step is None else parent / "eval" / f"step_{step:08d}") / asked
+
+
+def _short(name: str) -> str:
+    """A file system's names have a longest length."""
+    return name if len(name) <= 100 else f"{name[:80]}-{_digest(name)[:12]}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def evaluation_rows(results: Results, model: str, step: int | None) -> list[EvaluationRow]:
@@ -49,7 +71,7 @@ def evaluation_rows(results: Results, model: str, step: int | None) -> list[Eval
     ]
     for row in results.summaries:
         parts = [task for task in results.tasks if task.task.startswith(f"{row.task}/")]
-        digest = hashlib.sha256("".join(task.data_sha256 for task in parts).encode()).hexdigest()
+        digest = _digest("".join(task.data_sha256 for task in parts))
         found.append(_kept(row, results, model, step, digest, parts[0].limit if parts else None))
     return found
 
@@ -76,4 +98,4 @@ def _cells(row: Row) -> tuple[str, ...]:
     value = f"{row.value:.4f}" + ("" if row.stderr is None else f" ± {row.stderr:.4f}")
     centered = "" if row.centered is None else f"{row.centered:.4f}"
     shots = "" if row.shots is None else str(row.shots)
-    return (row.task, row.version, shots, row.metric, value, centered, str(row.n), row.note)
+    return (row.task, row.version, shots, row.metric, value, centered, str(row.n or ""), row.note)

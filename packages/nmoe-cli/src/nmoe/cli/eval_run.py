@@ -106,7 +106,9 @@ def _measure(request: EvalRequest, context: Context, plan: Plan, model: EvalMode
         return
     located = plan.located
     parent = located.folder if located.run is None else located.run.path
-    folder = request.out or results_folder(parent, located.step, measured, request.limit)
+    folder = request.out or results_folder(
+        parent, located.step, measured, limit=request.limit, data=request.data, seq_len=request.seq_len
+    )
     show(context.console, results)
     results.write(folder)
     print_line(context.console, f"Results are in {folder}")

@@ -63,7 +63,7 @@ class RecordingReporter:
     def _store(self, step: int, results: Results) -> None:
         self._experiments.record_evaluation(evaluation_rows(results, self._run_id, step))
         try:
-            results.write(results_folder(self._path, step, ["training"], None))
+            results.write(results_folder(self._path, step, ["training"]))
         except OSError as error:  # a full disk, say: the figures are in the database
             self.message(f"step {step}: the results of tasks could not be written: {error}")
 

@@ -1,10 +1,15 @@
 """Which tokenizer belongs to a model on disk."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from nmoe.cli.errors import UsageError
-from nmoe.data.tokenizers import Tokenizer, load_tokenizer
+from nmoe.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_config, tokenizer_json
 from nmoe.model.checkpoint import TensorFolder
 
 _DOCUMENT = "tokenizer"
+_EXPORTED_FILE, _EXPORTED_KEY = "tokenizer_config.json", "nmoe_tokenizer"
 
 
 def tokenizer_document(name: str, tokenizer: Tokenizer) -> dict[str, dict[str, str]]:
@@ -47,10 +52,45 @@ def check_same_tokenizer(folder: TensorFolder, tokenizer: Tokenizer) -> None:
     """
     if _DOCUMENT not in folder.document_names:
         return
-    document = folder.document(_DOCUMENT)
+    _check_same(folder.document(_DOCUMENT), folder.path, tokenizer)
+
+
+def exported_files(name: str, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    """What a Hugging Face folder has of a tokenizer, by file name; `imported_document` finds there which it was.
+
+    Args:
+        name: to load it by.
+        tokenizer: of that name.
+        max_length: tokens that the model serves.
+    """
+    config = tokenizer_config(tokenizer, max_length) | {_EXPORTED_KEY: tokenizer_document(name, tokenizer)[_DOCUMENT]}
+    return {"tokenizer.json": tokenizer_json(tokenizer), _EXPORTED_FILE: config}
+
+
+def imported_document(folder: Path, given: str | None) -> dict[str, dict[str, str]]:
+    """What the folder of an imported model says of its tokenizer: of the one given, else of the one that `n export` has
+    written down; nothing if neither is.
+
+    Raises:
+        UsageError: the one given is not the one that `n export` has written down.
+    """
+    try:
+        exported = json.loads((folder / _EXPORTED_FILE).read_bytes())[_EXPORTED_KEY]
+        exported = {key: str(exported[key]) for key in ("name", "fingerprint")}
+    except (OSError, ValueError, KeyError, TypeError):  # another's folder, whose files are as they please
+        exported = None
+    if given is None:
+        return {} if exported is None else {_DOCUMENT: exported}
+    tokenizer = load_tokenizer(given)
+    if exported is not None:
+        _check_same(exported, folder, tokenizer)
+    return tokenizer_document(given, tokenizer)
+
+
+def _check_same(document: dict[str, str], folder: Path, tokenizer: Tokenizer) -> None:
     if document["fingerprint"] != tokenizer.fingerprint:
         raise UsageError(
-            f"expected the tokenizer that {folder.path} was trained with ({document['name']}, fingerprint "
+            f"expected the tokenizer that {folder} was trained with ({document['name']}, fingerprint "
             f"{document['fingerprint'][:12]}), found {tokenizer.name}, fingerprint {tokenizer.fingerprint[:12]}: "
             "its ids mean other text"
         )

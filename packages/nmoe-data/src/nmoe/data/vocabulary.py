@@ -28,6 +28,14 @@ O200K_PATTERN = "|".join(
     )
 )
 RELEASED_PATTERNS = {"gpt2": GPT2_PATTERN, "o200k_harmony": O200K_PATTERN}
+# Where tiktoken fetches the ranks from: its cache names files by these.
+_RELEASED_AT = {
+    "gpt2": (
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+    ),
+    "o200k_harmony": ("https://openaipublic.blob.core.windows.net/encodings/o200k_base.tiktoken",),
+}
 
 
 @dataclass(frozen=True)
@@ -110,9 +118,15 @@ def released_vocabulary(name: str) -> Vocabulary:
             f"tokenizer {name!r}",
             expected="its ranks in tiktoken's cache or on the network",
             found=str(error),
-            remedy="Set TIKTOKEN_CACHE_DIR to a folder that holds them, or connect to the network once.",
+            remedy=f"Connect to the network once, or set TIKTOKEN_CACHE_DIR to a folder with {_cached_files(name)}.",
         ) from error
     return Vocabulary(parts["mergeable_ranks"], parts["special_tokens"], RELEASED_PATTERNS[name])
+
+
+def _cached_files(name: str) -> str:
+    """What tiktoken's cache must hold, for one who fetches it where there is a network."""
+    addresses = _RELEASED_AT[name]
+    return " and ".join(f"{address} as {hashlib.sha1(address.encode()).hexdigest()}" for address in addresses)
 
 
 def file_vocabulary(path: Path) -> Vocabulary:

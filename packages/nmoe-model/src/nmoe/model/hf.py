@@ -126,6 +126,17 @@ def import_hf(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     return config, tensors
 
 
+def read_context_length(folder: Path) -> int | None:
+    """Positions that a folder of that format says its model serves, YaRN's extension included; None where it does not.
+
+    Raises:
+        ForeignModelError: there is no readable `config.json`.
+    """
+    config = _read_json(folder, "config.json")
+    length = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    return length if type(length) is int and length > 0 else None
+
+
 class _ReleasedTensors(Mapping[str, torch.Tensor]):
     """The released tensors of a model, each made when it is asked for."""
 

@@ -17,7 +17,7 @@ from nmoe.train.errors import DamagedExperimentsError, ExperimentsVersionError, 
 EndStatus = Literal["finished", "interrupted", "failed", "diverged"]
 Status = Literal["running", "finished", "interrupted", "failed", "diverged", "killed"]
 
-_VERSION = 2
+_VERSION = 3
 _BUSY_SECONDS = 30.0
 _UNKNOWN = "alive"
 """The mark of a living process whose start cannot be seen: no Linux, or another user's."""
@@ -72,6 +72,10 @@ CREATE UNIQUE INDEX evaluations_by_key ON evaluations (
     model, ifnull(step, ''), task, version, ifnull(shots, ''), metric, ifnull(example_limit, ''), data_sha256, tokenizer
 );
 """,
+    """
+ALTER TABLE runs ADD COLUMN resumed TEXT;
+ALTER TABLE runs ADD COLUMN seconds_before REAL NOT NULL DEFAULT 0;
+""",
 )
 """What each version adds to the one before; the first is version 1."""
 
@@ -97,6 +101,8 @@ class RunRow:
     started: datetime
     updated: datetime
     finished: datetime | None
+    seconds: float
+    """That it ran, without the time between an end and its going on."""
     step: int
     """Steps done."""
     steps: int
@@ -174,7 +180,7 @@ class Experiments:
             parent_step: Step of those weights.
         """
         now = _now()
-        values = {
+        values: dict[str, Any] = {
             "run_id": run_id,
             "experiment": experiment,
             "config": config,
@@ -192,11 +198,13 @@ class Experiments:
             "step": step,
             "steps": steps,
         }
-        renewed = [key for key in values if key not in ("run_id", "started", "parent_run", "parent_step")]
         connection = self._open()
         with connection:
             connection.execute("BEGIN IMMEDIATE")
+            known = connection.execute("SELECT * FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+            values |= {"resumed": now, "seconds_before": 0.0 if known is None else _to_row(known).seconds}
             connection.execute("INSERT OR IGNORE INTO experiments VALUES (?, ?)", (experiment, now))
+            renewed = [key for key in values if key not in ("run_id", "started", "parent_run", "parent_step")]
             connection.execute(
                 f"INSERT INTO runs ({', '.join(values)}) VALUES ({', '.join(f':{key}' for key in values)}) "
                 f"ON CONFLICT (run_id) DO UPDATE SET {', '.join(f'{key} = excluded.{key}' for key in renewed)}",
@@ -349,8 +357,11 @@ def _version(connection: sqlite3.Connection) -> int:
 
 def _to_row(row: sqlite3.Row) -> RunRow:
     values = {key: row[key] for key in row.keys() if key != "process"}  # noqa: SIM118 - a Row iterates over its values
-    for key in ("started", "updated", "finished"):
+    for key in ("started", "updated", "finished", "resumed"):
         values[key] = datetime.fromisoformat(values[key]) if values[key] is not None else None
+    since = values.pop("resumed") or values["started"]  # no `resumed`: of a version before 3
+    ran = (values["finished"] or values["updated"]) - since
+    values["seconds"] = values.pop("seconds_before") + ran.total_seconds()
     is_here = row["host"] == socket.gethostname()
     if row["status"] == "running" and is_here and _process_mark(row["pid"]) not in (row["process"], _UNKNOWN):
         values["status"] = "killed"

@@ -57,6 +57,7 @@ def prep(
     """
     from nmoe.cli.progress import notice_printer, prep_progress
     from nmoe.cli.shard_report import set_rows
+    from nmoe.data.errors import SourceError
     from nmoe.data.prep import SHARD_TOKENS, prepare
     from nmoe.data.prep_state import partial_path
     from nmoe.data.remote import Patience
@@ -93,9 +94,9 @@ def prep(
                 progress=progress,
                 notice=notice,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SourceError) as error:
         if partial_path(output).exists():
-            notice(f"The work so far is in {partial_path(output)}: run the same command again to go on.")
+            notice(f"The work so far is in {partial_path(output)}: {_how_on(error)}.")
         raise
     rows = [row for shards in (prepared.train, prepared.val) if shards for row in set_rows(shards)]
     if dedupe:
@@ -105,6 +106,15 @@ def prep(
     else:
         command = f"{context.command} train CONFIG --set data.path={output} --set data.tokenizer={tokenizer}"
     print_summary(context.console, f"Prepared {output}", rows, [command])
+
+
+def _how_on(error: BaseException) -> str:
+    """What becomes of the work that an interruption, or a source, ended."""
+    from nmoe.data.errors import NetworkError
+
+    if isinstance(error, (KeyboardInterrupt, NetworkError)):
+        return "run the same command again to go on"
+    return "it is of the source as it was, so delete that folder if you mend a file"
 
 
 def _count(option: str, text: str) -> int:

@@ -53,7 +53,7 @@ def _cells(row: "RunRow") -> tuple[str, ...]:
         _loss(row.val_loss),
         _loss(row.val_bpb),
         f"{row.started.astimezone():%Y-%m-%d %H:%M}",
-        format_duration(((row.finished or row.updated) - row.started).total_seconds()),
+        format_duration(row.seconds),
         parent,
         (row.message or "").partition("\n")[0],
     )
