@@ -9,6 +9,7 @@ import torch
 from nmoe.kernels.native import attention_narrow_cuda, attention_wide_cuda
 from nmoe.kernels.native.attention_backward_triton import last_queries
 from nmoe.kernels.native.attention_heads_cuda import ARCHES
+from nmoe.kernels.native.attention_problem_cuda import Gradients, Problem
 from nmoe.kernels.native.attention_tiles_triton import empty_heads, for_tma
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel
@@ -53,7 +54,7 @@ def gradients(
     document_start_BS: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `attention_backward_triton.attention_gradients`, of one position or more and what `takes` says."""
-    dq_BHSd, dk_BHSd, dv_BHSv = (empty_heads(tensor, tensor.shape[3]) for tensor in (q_BHSd, k_BHSd, v_BHSv))
+    grads = Gradients(*(empty_heads(tensor, tensor.shape[3]) for tensor in (q_BHSd, k_BHSd, v_BHSv)))
     dout_BHSv, q_BHSd, k_BHSd, v_BHSv, out_BHSv = map(for_tma, (dout_BHSv, q_BHSd, k_BHSd, v_BHSv, out_BHSv))
     start_BS = last_BS = None
     if document_start_BS is not None:
@@ -61,14 +62,12 @@ def gradients(
         last_BS = last_queries(start_BS)
     kernels = attention_narrow_cuda if _narrow(q_BHSd, v_BHSv) else attention_wide_cuda
     delta_BHS = torch.empty_like(level_BHS)
+    problem = Problem(dout_BHSv, q_BHSd, k_BHSd, v_BHSv, level_BHS, delta_BHS, scale, window, start_BS, last_BS)
     counter = torch.empty(1, dtype=torch.int32, device=q_BHSd.device)
     with torch.cuda.device_of(q_BHSd):
         _delta(out_BHSv, dout_BHSv, delta_BHS, counter)
-        kernels.gradients(
-            *(dout_BHSv, q_BHSd, k_BHSd, v_BHSv, level_BHS, delta_BHS, (dq_BHSd, dk_BHSd, dv_BHSv), counter),
-            *(scale, window, (start_BS, last_BS)),
-        )
-    return dq_BHSd, dk_BHSd, dv_BHSv
+        kernels.gradients(problem, grads, counter)
+    return grads
 
 
 def _delta(out_BHSv: torch.Tensor, dout_BHSv: torch.Tensor, delta_BHS: torch.Tensor, counter: torch.Tensor) -> None:

@@ -15,11 +15,11 @@ Shapes: B batch, H heads, S positions, d and v columns of keys and values.
 """
 
 import ctypes
-import math
 from dataclasses import dataclass
 
 import torch
 from nmoe.kernels.native.attention_heads_cuda import ARCHES, CHUNK_BYTES, CHUNK_ROWS, COLUMNS, heads_map
+from nmoe.kernels.native.attention_problem_cuda import Gradients, Problem
 from nmoe.kernels.native.attention_tiles_triton import WIDEST_VALUE
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap, tensor_map
@@ -85,63 +85,41 @@ def workspace_shape(length: int, window: int) -> tuple[int, int]:
     return blocks * KEYS, -(-(KEYS + window - 1) // KEYS) * KEYS
 
 
-def dkdv(
-    dout_BHSv: torch.Tensor,
-    q_BHSd: torch.Tensor,
-    k_BHSd: torch.Tensor,
-    v_BHSv: torch.Tensor,
-    level_BHS: torch.Tensor,
-    delta_BHS: torch.Tensor,
-    dscore: torch.Tensor,
-    dk_BHSd: torch.Tensor,
-    dv_BHSv: torch.Tensor,
-    scale: float,
-    window: int,
-    last_BS: torch.Tensor | None,
-    first_head: int,
-) -> None:
+def dkdv(problem: Problem, grads: Gradients, dscore: torch.Tensor, first_head: int) -> None:
     """Writes the gradients of keys, values and scores of as many heads as the workspace has.
 
     Args:
-        dout_BHSv: bf16, of the output, as `attention_tiles_triton.for_tma` gives it, like all bf16 inputs.
-        q_BHSd: queries.
-        k_BHSd: keys.
-        v_BHSv: values.
-        level_BHS: fp32, contiguous, that forward gave.
-        delta_BHS: fp32, contiguous: the sum of a query's output times its gradient.
-        dscore: bf16 (heads, *`workspace_shape(S, window)`), contiguous.
-        dk_BHSd: written, as `attention_tiles_triton.empty_heads` makes it.
-        dv_BHSv: likewise.
-        scale: of the scores.
-        window: how many keys a query sees, itself included; S or more: all up to itself.
-        last_BS: int32, contiguous: the last query that may see a key, were there no window; None: no documents.
+        problem: of wide heads.
+        grads: those of keys and values are written.
+        dscore: bf16 (heads, *`workspace_shape(S, window)`), contiguous: the workspace, written.
         first_head: of the workspace's; a head's number is batch · H + head.
     """
-    _, heads, length, width = q_BHSd.shape
+    _, heads, length, width = problem.q_BHSd.shape
     n_heads = dscore.shape[0]
     plan = next(plan for plan in PLANS if width <= plan.width)
     blocks = -(-length // KEYS)
     params = _Params(
-        q=heads_map(q_BHSd, _QUERIES),
-        k=heads_map(k_BHSd, KEYS),
-        v=heads_map(v_BHSv, KEYS),
-        dout=heads_map(dout_BHSv, _QUERIES),
-        dk=heads_map(dk_BHSd, CHUNK_ROWS),
-        dv=heads_map(dv_BHSv, CHUNK_ROWS),
+        q=heads_map(problem.q_BHSd, _QUERIES),
+        k=heads_map(problem.k_BHSd, KEYS),
+        v=heads_map(problem.v_BHSv, KEYS),
+        dout=heads_map(problem.dout_BHSv, _QUERIES),
+        dk=heads_map(grads.dk_BHSd, CHUNK_ROWS),
+        dv=heads_map(grads.dv_BHSv, CHUNK_ROWS),
         dscore=workspace_map(dscore, CHUNK_ROWS),
-        level=level_BHS.data_ptr(),
-        delta=delta_BHS.data_ptr(),
-        last=None if last_BS is None else last_BS.data_ptr(),
+        level=problem.level_BHS.data_ptr(),
+        delta=problem.delta_BHS.data_ptr(),
+        last=None if problem.last_BS is None else problem.last_BS.data_ptr(),
         heads=heads,
         length=length,
-        window=min(window, length),
+        window=min(problem.window, length),
         blocks=blocks,
         first_head=first_head,
         n_heads=n_heads,
-        exponent=scale * math.log2(math.e),
-        scale=scale,
+        exponent=problem.exponent,
+        scale=problem.scale,
     )
-    _KERNELS[plan, window >= length].launch((n_heads * blocks, 1, 1), _THREADS, plan.shared_bytes, params)
+    kernel = _KERNELS[plan, problem.window >= length]
+    kernel.launch((n_heads * blocks, 1, 1), _THREADS, plan.shared_bytes, params)
 
 
 def workspace_map(dscore: torch.Tensor, rows: int) -> TensorMap:

@@ -9,6 +9,7 @@ import ctypes
 import torch
 from nmoe.kernels.native.attention_dkdv_cuda import workspace_map
 from nmoe.kernels.native.attention_heads_cuda import ARCHES, CHUNK_BYTES, CHUNK_ROWS, heads_map, multiprocessors
+from nmoe.kernels.native.attention_problem_cuda import Gradients, Problem
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap
 
@@ -51,45 +52,33 @@ class _Params(ctypes.Structure):
     )
 
 
-def dq(
-    k_BHSd: torch.Tensor,
-    dscore: torch.Tensor,
-    dq_BHSd: torch.Tensor,
-    counter: torch.Tensor,
-    scale: float,
-    window: int,
-    start_BS: torch.Tensor | None,
-    first_head: int,
-) -> None:
+def dq(problem: Problem, grads: Gradients, dscore: torch.Tensor, first_head: int, counter: torch.Tensor) -> None:
     """Writes the queries' gradient of as many heads as the workspace has.
 
     Args:
-        k_BHSd: bf16 keys, as `attention_tiles_triton.for_tma` gives them.
-        dscore: of `attention_dkdv_cuda.dkdv`.
-        dq_BHSd: written, as `attention_tiles_triton.empty_heads` makes it.
-        counter: one word, 0; and 0 again afterwards.
-        scale: of the scores.
-        window: as `dkdv` had it.
-        start_BS: int32, contiguous: the first key that a query may see, were there no window; None: no documents.
+        problem: as `attention_dkdv_cuda.dkdv` had it.
+        grads: that of queries is written.
+        dscore: the workspace, as it left it.
         first_head: of the workspace's.
+        counter: one int32, 0; and 0 again afterwards.
     """
-    _, heads, length, width = k_BHSd.shape
+    _, heads, length, width = problem.k_BHSd.shape
     n_heads = dscore.shape[0]
     columns = next(most for most in _WIDTHS if width <= most)
     params = _Params(
         dscore=workspace_map(dscore, _KEYS),
-        k=heads_map(k_BHSd, _KEYS),
-        dq=heads_map(dq_BHSd, CHUNK_ROWS),
-        start=None if start_BS is None else start_BS.data_ptr(),
+        k=heads_map(problem.k_BHSd, _KEYS),
+        dq=heads_map(grads.dq_BHSd, CHUNK_ROWS),
+        start=None if problem.start_BS is None else problem.start_BS.data_ptr(),
         counter=counter.data_ptr(),
-        scale=scale,
+        scale=problem.scale,
         heads=heads,
         length=length,
-        window=min(window, length),
+        window=min(problem.window, length),
         first_head=first_head,
         n_heads=n_heads,
     )
     stages = _stages(columns)
     shared_bytes = stages * (_stage_bytes(columns) + _BARRIER_BYTES) + _STAGING_BYTES + _QUEUE_BYTES
-    blocks = min(multiprocessors(k_BHSd.get_device()), n_heads * -(-length // _QUERIES))
-    _KERNELS[columns, window >= length].launch((blocks, 1, 1), _THREADS, shared_bytes, params)
+    blocks = min(multiprocessors(problem.k_BHSd.get_device()), n_heads * -(-length // _QUERIES))
+    _KERNELS[columns, problem.window >= length].launch((blocks, 1, 1), _THREADS, shared_bytes, params)

@@ -5,7 +5,6 @@ Shapes: B batch, H heads, S positions, d and v columns of keys and values.
 """
 
 import ctypes
-import math
 
 import torch
 from nmoe.kernels.native.attention_heads_cuda import (
@@ -16,6 +15,7 @@ from nmoe.kernels.native.attention_heads_cuda import (
     heads_map,
     multiprocessors,
 )
+from nmoe.kernels.native.attention_problem_cuda import Gradients, Problem
 from nmoe.kernels.runtime.cuda_source import CudaSource
 from nmoe.kernels.runtime.launch import CudaKernel, TensorMap
 
@@ -62,44 +62,22 @@ def _shared_bytes(own: int) -> int:
     return rows + _WARPS * sums * CHUNK_BYTES + _STAGES * numbers + 8 * (2 + 2 * _STAGES) + 64 + 16
 
 
-def gradients(
-    dout_BHSv: torch.Tensor,
-    q_BHSd: torch.Tensor,
-    k_BHSd: torch.Tensor,
-    v_BHSv: torch.Tensor,
-    level_BHS: torch.Tensor,
-    delta_BHS: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    counter: torch.Tensor,
-    scale: float,
-    window: int,
-    edges: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> None:
+def gradients(problem: Problem, grads: Gradients, counter: torch.Tensor) -> None:
     """Writes the gradients of queries, keys and values.
 
     Args:
-        dout_BHSv: bf16, of the output, as `attention_tiles_triton.for_tma` gives it, like all bf16 inputs.
-        q_BHSd: queries; d up to 64.
-        k_BHSd: keys.
-        v_BHSv: values; v up to 64.
-        level_BHS: fp32, contiguous, that forward gave.
-        delta_BHS: fp32, contiguous: the sum of a query's output times its gradient.
-        grads: of queries, keys and values: written, as `attention_tiles_triton.empty_heads` makes them.
-        counter: one word, 0; and 0 again afterwards.
-        scale: of the scores.
-        window: how many keys a query sees, itself included; S or more: all up to itself.
-        edges: int32 (B, S), contiguous: the first key that a query may see, and the last query that may see a key, were
-            there no window; both None: no documents.
+        problem: with d and v of up to 64.
+        grads: written.
+        counter: one int32, 0; and 0 again afterwards.
     """
-    batch, heads, length, _ = q_BHSd.shape
-    dq_BHSd, dk_BHSd, dv_BHSv = grads
-    tiles = batch * heads * -(-length // _TILE)
-    blocks = min(tiles, multiprocessors(q_BHSd.get_device()))
-    start_BS, last_BS = edges
-    keys, queries = (k_BHSd, v_BHSv), (q_BHSd, dout_BHSv)
+    batch, heads, length, _ = problem.q_BHSd.shape
+    n_heads = batch * heads
+    tiles = n_heads * -(-length // _TILE)
+    blocks = min(tiles, multiprocessors(problem.q_BHSd.get_device()))
+    keys, queries = (problem.k_BHSd, problem.v_BHSv), (problem.q_BHSd, problem.dout_BHSv)
     sides = {
-        _KEYS: (keys, queries, (dk_BHSd, dv_BHSv), last_BS),
-        _QUERIES: (queries, keys, (dq_BHSd, dq_BHSd), start_BS),
+        _KEYS: (keys, queries, (grads.dk_BHSd, grads.dv_BHSv), problem.last_BS),
+        _QUERIES: (queries, keys, (grads.dq_BHSd, grads.dq_BHSd), problem.start_BS),
     }
     for own, ((own_score, own_weight), (other_score, other_weight), (dscore, dweight), edge_BS) in sides.items():
         params = _Params(
@@ -109,15 +87,15 @@ def gradients(
             other_weight=heads_map(other_weight, _OTHER),
             dscore=heads_map(dscore, CHUNK_ROWS),
             dweight=heads_map(dweight, CHUNK_ROWS),
-            level=level_BHS.data_ptr(),
-            delta=delta_BHS.data_ptr(),
+            level=problem.level_BHS.data_ptr(),
+            delta=problem.delta_BHS.data_ptr(),
             edge=None if edge_BS is None else edge_BS.data_ptr(),
             counter=counter.data_ptr(),
             heads=heads,
             length=length,
-            window=min(window, length),
-            n_heads=batch * heads,
-            exponent=scale * math.log2(math.e),
-            scale=scale,
+            window=min(problem.window, length),
+            n_heads=n_heads,
+            exponent=problem.exponent,
+            scale=problem.scale,
         )
         _KERNELS[own].launch((blocks, 1, 1), _THREADS, _shared_bytes(own), params)

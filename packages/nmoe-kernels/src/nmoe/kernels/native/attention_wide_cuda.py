@@ -10,6 +10,7 @@ Shapes: B batch, H heads, S positions, d and v columns of keys and values.
 import torch
 from nmoe.kernels.native.attention_dkdv_cuda import KEYS, dkdv, workspace_shape
 from nmoe.kernels.native.attention_dq_cuda import dq
+from nmoe.kernels.native.attention_problem_cuda import Gradients, Problem
 
 WORKSPACE_BYTES = 288 << 20
 """At most: half and twice as much were within 3% on an H200, but for fewer than some 200 blocks of keys a launch."""
@@ -29,30 +30,13 @@ def heads_at_once(n_heads: int, length: int, window: int) -> int:
     return -(-n_heads // -(-n_heads // most))
 
 
-def gradients(
-    dout_BHSv: torch.Tensor,
-    q_BHSd: torch.Tensor,
-    k_BHSd: torch.Tensor,
-    v_BHSv: torch.Tensor,
-    level_BHS: torch.Tensor,
-    delta_BHS: torch.Tensor,
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    counter: torch.Tensor,
-    scale: float,
-    window: int,
-    edges: tuple[torch.Tensor | None, torch.Tensor | None],
-) -> None:
+def gradients(problem: Problem, grads: Gradients, counter: torch.Tensor) -> None:
     """As `attention_narrow_cuda.gradients`, of what `heads_at_once` has room for."""
-    batch, heads, length, _ = q_BHSd.shape
-    dq_BHSd, dk_BHSd, dv_BHSv = grads
-    start_BS, last_BS = edges
+    batch, heads, length, _ = problem.q_BHSd.shape
     n_heads = batch * heads
-    at_once = heads_at_once(n_heads, length, window)
-    dscore = q_BHSd.new_empty(at_once, *workspace_shape(length, window))
+    at_once = heads_at_once(n_heads, length, problem.window)
+    dscore = problem.q_BHSd.new_empty(at_once, *workspace_shape(length, problem.window))
     for first in range(0, n_heads, at_once):
         some = dscore[: min(at_once, n_heads - first)]
-        dkdv(
-            *(dout_BHSv, q_BHSd, k_BHSd, v_BHSv, level_BHS, delta_BHS, some, dk_BHSd, dv_BHSv),
-            *(scale, window, last_BS, first),
-        )
-        dq(k_BHSd, some, dq_BHSd, counter, scale, window, start_BS, first)
+        dkdv(problem, grads, some, first)
+        dq(problem, grads, some, first, counter)
