@@ -200,6 +200,7 @@ def test_a_line_to_mend_comes_with_what_becomes_of_the_work(n, text, tmp_path, m
     assert outcome.code == ExitCode.DATA
     assert "Mend the line" in outcome.err
     assert f"{tmp_path / 'o.partial'}: it is of the source as it was, so delete that folder if you mend" in outcome.err
+    assert "delete that folder" not in n("data", "prep", tmp_path / "mistyped.jsonl", "--output", tmp_path / "o").err
     text.write_text(lines)
     assert "delete that folder to start anew" in n("data", "prep", text, "--output", tmp_path / "o").err
     shutil.rmtree(tmp_path / "o.partial")

@@ -213,11 +213,12 @@ def test_a_database_that_cannot_be_written_costs_no_result(n, trained, bundle, d
 
 
 def test_folders_of_results_tell_what_was_asked_apart(tmp_path):
-    bpb = [tmp_path / "x" / "val", tmp_path / "y" / "val", tmp_path / ("n" * 200)]
+    bpb = [tmp_path / "x" / "val", tmp_path / "y" / "val", tmp_path / ("汉" * 80)]
     asked = [
         (["core"], None, {}), (["core"], 1, {}), (["core"], 1, {"limit": 5}), (["core", "mmlu"], 1, {}),
         (["core/a"], 1, {}), (["a" * 90, "b" * 90], 1, {}), (["a" * 90, "c" * 90], 1, {}), (["bpb"], 1, {}),
-        (["bpb"], 1, {"seq_len": 64}), *((["bpb"], 1, {"limit": 5, "data": data}) for data in bpb),
+        (["bpb"], 1, {"seq_len": 64}), (["汉" * 60], 1, {"limit": 10**6, "seq_len": 10**6, "data": bpb[2]}),
+        *((["bpb"], 1, {"limit": 5, "data": data}) for data in bpb),
     ]  # fmt: skip
     folders = [results_folder(tmp_path, step, names, **settings) for names, step, settings in asked]
     assert results_folder(tmp_path, 1, ["bpb"], limit=5, data=bpb[0] / ".." / "val") == folders[-3]

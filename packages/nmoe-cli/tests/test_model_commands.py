@@ -244,7 +244,7 @@ def test_import_keeps_what_export_said_of_tokenizer_and_context(n, trained, tmp_
     assert n("generate", tmp_path / "last", "--prompt", "the", "--max-tokens", "3").code == 0
     outcome = n("eval", tmp_path / "last")
     assert outcome.code == 2
-    assert "add --seq-len; its context is 48 tokens" in outcome.err
+    assert "add --seq-len, of at most 48 tokens, its context" in outcome.err
 
     other = tmp_path / "other.tiktoken"
     other.write_text("".join(f"{base64.b64encode(bytes([255 - rank])).decode()} {rank}\n" for rank in range(256)))
@@ -254,8 +254,28 @@ def test_import_keeps_what_export_said_of_tokenizer_and_context(n, trained, tmp_
     assert not (tmp_path / "wrong").exists()
 
 
+def test_a_tokenizer_that_is_a_file_is_asked_for_where_it_may_be_elsewhere(n, trained, tmp_path):
+    file = tmp_path / "mine.tiktoken"
+    file.write_text("".join(f"{base64.b64encode(bytes([rank])).decode()} {rank}\n" for rank in range(256)))
+    assert n("export", trained, "--output", tmp_path / "bare").code == 0
+    (tmp_path / "bare" / "tokenizer_config.json").unlink()
+    assert n("import", tmp_path / "bare", "--output", tmp_path / "model", "--tokenizer", file).code == 0
+    assert n("export", tmp_path / "model", "--output", tmp_path / "hf").code == 0
+    exported = (tmp_path / "hf" / "tokenizer_config.json").read_text()
+    assert json.loads(exported)["nmoe_tokenizer"]["name"] == "mine.tiktoken"
+    assert str(tmp_path) not in exported
+    outcome = n("import", tmp_path / "hf", "--output", tmp_path / "again")
+    assert outcome.code == 2
+    assert "mine.tiktoken" in outcome.err
+    assert "add --tokenizer with that file's path" in outcome.err
+    file.rename(tmp_path / "moved.tiktoken")
+    outcome = n("import", tmp_path / "hf", "--output", tmp_path / "again", "--tokenizer", tmp_path / "moved.tiktoken")
+    assert outcome.code == 0, outcome.err
+    assert n("generate", tmp_path / "again", "--prompt", "the", "--max-tokens", "2").code == 0
+
+
 @pytest.mark.parametrize(
-    "text", [None, "{", "[]", "{}", '{"nmoe_tokenizer": 3}', '{"nmoe_tokenizer": {"name": "byte"}}']
+    "text", [None, "{", "[]", "{}", '{"nmoe_tokenizer": 3}', '{"nmoe_tokenizer": {"name": {}, "fingerprint": 1}}']
 )
 def test_import_of_anothers_folder_knows_no_tokenizer(n, trained, tmp_path, text):
     assert n("export", trained, "--output", tmp_path / "hf").code == 0

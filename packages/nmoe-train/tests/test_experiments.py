@@ -121,6 +121,9 @@ def test_the_time_between_an_end_and_its_going_on_is_not_counted(database, monke
     database.update("r", step=7)
     assert database.get("r").seconds == 3 * 3600
     after(hours=30)  # killed: the last that was heard of it counts
+    database.update("r", val_loss=3.0)  # by another process
+    assert database.get("r").seconds == 3 * 3600
+    assert database.get("r").val_loss == 3.0
     start(database, "r", step=6)
     after(hours=0.5)
     database.finish("r", "finished")
@@ -189,7 +192,16 @@ def test_what_was_measured_is_read_back(database):
 
 
 def test_a_figure_gives_way_to_the_same_one_alone(database):
-    changes = [{}, {"step": 6}, {"step": None}, {"task": "x"}, {"version": "2"}, {"shots": 1}, {"shots": None}]
+    changes = [
+        {},
+        {"step": 6},
+        {"step": None},
+        {"task": "x"},
+        {"version": "2"},
+        {"shots": 1},
+        {"shots": None},
+        {"max_length": 64},
+    ]
     changes += [{"metric": "m"}, {"example_limit": 10}, {"data_sha256": "e"}, {"tokenizer": "u"}, {"model": "s"}]
     database.record_evaluation([figure(**change) for change in changes])
     assert len(database.evaluations()) == len(changes)

@@ -72,7 +72,7 @@ def plan_of(request: EvalRequest, context: Context) -> Plan:
     length = request.seq_len or (config.train.seq_len if config else None)
     if length is None:
         most = context_length(open_folder(located.folder, verify=False), None)
-        words = "" if most is None else f"; its context is {most} tokens"
+        words = "" if most is None else f", of at most {most} tokens, its context"
         raise UsageError(f"{request.run} is no run and names no sequence length: add --seq-len{words}")
     if request.gpus is not None and request.device == "cpu":
         raise UsageError(f"--gpus {request.gpus}: expected no --device cpu beside it: leave out one of them")

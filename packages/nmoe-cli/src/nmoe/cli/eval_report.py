@@ -44,19 +44,20 @@ def results_folder(
         data: the folder that was named for their data.
         seq_len: that was asked for in place of the run's own.
     """
-    asked = _short("+".join(names).replace("/", ".").replace(":", "-"))
+    asked = _short("+".join(names).replace("/", ".").replace(":", "-"), 100)
     if limit is not None:
         asked += f"-first-{limit}"
     if seq_len is not None:
         asked += f"-seq-{seq_len}"
     if data is not None:  # two folders may have the same name
-        asked += f"-of-{_short(data.resolve().name)}-{_digest(str(data.resolve()))[:8]}"
+        asked += f"-of-{_short(data.resolve().name, 60)}-{_digest(str(data.resolve()))[:8]}"
     return (parent / "eval" if step is None else parent / "eval" / f"step_{step:08d}") / asked
 
 
-def _short(name: str) -> str:
-    """A file system's names have a longest length."""
-    return name if len(name) <= 100 else f"{name[:80]}-{_digest(name)[:12]}"
+def _short(name: str, most: int) -> str:
+    """A file system's names have a longest length, in bytes."""
+    kept = name.encode()
+    return name if len(kept) <= most else f"{kept[: most - 13].decode(errors='ignore')}-{_digest(name)[:12]}"
 
 
 def _digest(text: str) -> str:
@@ -88,9 +89,11 @@ def record(results: Results, model: str, step: int | None, context: Context) -> 
 def _kept(
     row: Row, results: Results, model: str, step: int | None, data_sha256: str, limit: int | None
 ) -> EvaluationRow:
+    length = results.about.get("max_length")
+    max_length = length if isinstance(length, int) else None
     return EvaluationRow(
         model, step, row.task, row.version, row.shots, row.metric, row.value, row.stderr, row.centered, row.n, limit,
-        data_sha256, results.tokenizer, row.note,
+        data_sha256, results.tokenizer, max_length, row.note,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from nmoe.cli.launch import Ended, Failure, run_ranks
 from nmoe.cli.run_inputs import Request, check_continuation, open_inputs, recorded, resume_hint
 from nmoe.model.checkpoint import open_folder
 from nmoe.train.checkpointer import newest_complete
+from nmoe.train.errors import TrainError
 from nmoe.train.experiments import EndStatus, Experiments
 from nmoe.train.run_folder import RunFolder, new_run_id
 from rich.console import Console
@@ -75,7 +76,7 @@ def _record(ended: Ended, run: RunFolder, experiments: Experiments, context: Con
             row = recorded(experiments, run)
             if row is not None and row.pid == ended.pids[0]:  # else it ended before it was recorded to have begun
                 experiments.finish(run.run_id, status, message)
-    except sqlite3.Error as error:
+    except (TrainError, sqlite3.Error, OSError) as error:
         print_line(context.error_console, f"The experiments database could not be written: {error}")
 
 

@@ -59,11 +59,12 @@ def exported_files(name: str, tokenizer: Tokenizer, max_length: int) -> dict[str
     """What a Hugging Face folder has of a tokenizer, by file name; `imported_document` finds there which it was.
 
     Args:
-        name: to load it by.
+        name: to load it by; of a file that is where it is here, its last part is told.
         tokenizer: of that name.
         max_length: tokens that the model serves.
     """
-    config = tokenizer_config(tokenizer, max_length) | {_EXPORTED_KEY: tokenizer_document(name, tokenizer)[_DOCUMENT]}
+    document = tokenizer_document(Path(name).name, tokenizer)[_DOCUMENT]
+    config = tokenizer_config(tokenizer, max_length) | {_EXPORTED_KEY: document}
     return {"tokenizer.json": tokenizer_json(tokenizer), _EXPORTED_FILE: config}
 
 
@@ -72,19 +73,31 @@ def imported_document(folder: Path, given: str | None) -> dict[str, dict[str, st
     written down; nothing if neither is.
 
     Raises:
-        UsageError: the one given is not the one that `n export` has written down.
+        UsageError: the one given is not the one that `n export` has written down, or that one is a file and none is
+            given.
     """
-    try:
-        exported = json.loads((folder / _EXPORTED_FILE).read_bytes())[_EXPORTED_KEY]
-        exported = {key: str(exported[key]) for key in ("name", "fingerprint")}
-    except (OSError, ValueError, KeyError, TypeError):  # another's folder, whose files are as they please
-        exported = None
+    exported = _exported(folder)
     if given is None:
+        if exported is not None and Path(exported["name"]).suffix == ".tiktoken":
+            raise UsageError(
+                f"{folder} was exported with the tokenizer of the file {exported['name']}, fingerprint "
+                f"{exported['fingerprint'][:12]}: add --tokenizer with that file's path"
+            )
         return {} if exported is None else {_DOCUMENT: exported}
     tokenizer = load_tokenizer(given)
     if exported is not None:
         _check_same(exported, folder, tokenizer)
     return tokenizer_document(given, tokenizer)
+
+
+def _exported(folder: Path) -> dict[str, str] | None:
+    """What `n export` has written down; None in a folder that others made, whose files are as they please."""
+    try:
+        found = json.loads((folder / _EXPORTED_FILE).read_bytes())[_EXPORTED_KEY]
+        document = {key: found[key] for key in ("name", "fingerprint")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return document if all(isinstance(value, str) for value in document.values()) else None
 
 
 def _check_same(document: dict[str, str], folder: Path, tokenizer: Tokenizer) -> None:

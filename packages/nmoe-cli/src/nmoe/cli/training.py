@@ -31,7 +31,7 @@ from nmoe.model.checkpoint import TensorFolder, open_folder
 from nmoe.rdep.world import World, alone
 from nmoe.train.checkpointer import load, newest_complete, step_of
 from nmoe.train.environment import environment, git_commit
-from nmoe.train.errors import NonFiniteError
+from nmoe.train.errors import NonFiniteError, TrainError
 from nmoe.train.experiments import EndStatus, Experiments
 from nmoe.train.run_folder import RunFolder, new_run_id
 from rich.console import Console
@@ -159,7 +159,7 @@ def _silent(context: Context) -> Context:
 def _record_failure(experiments: Experiments, run: RunFolder, error: BaseException, context: Context) -> None:
     try:
         experiments.finish(run.run_id, _status_after(error), str(error) or type(error).__name__)
-    except sqlite3.Error as other:  # a full disk, say: the error that ended the run is the one to tell
+    except (TrainError, sqlite3.Error, OSError) as other:  # a full disk, say: what ended the run is the one to tell
         print_line(context.error_console, f"The experiments database could not be written: {other}")
 
 

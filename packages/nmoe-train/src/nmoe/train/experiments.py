@@ -75,6 +75,12 @@ CREATE UNIQUE INDEX evaluations_by_key ON evaluations (
     """
 ALTER TABLE runs ADD COLUMN resumed TEXT;
 ALTER TABLE runs ADD COLUMN seconds_before REAL NOT NULL DEFAULT 0;
+ALTER TABLE evaluations ADD COLUMN max_length INTEGER;
+DROP INDEX evaluations_by_key;
+CREATE UNIQUE INDEX evaluations_by_key ON evaluations (
+    model, ifnull(step, ''), task, version, ifnull(shots, ''), metric, ifnull(example_limit, ''), data_sha256,
+    tokenizer, ifnull(max_length, '')
+);
 """,
 )
 """What each version adds to the one before; the first is version 1."""
@@ -141,6 +147,8 @@ class EvaluationRow:
     """Of the task's data; empty for figures of several tasks together."""
     tokenizer: str
     """Name and fingerprint."""
+    max_length: int | None = None
+    """Tokens that the model saw at once; None: recorded before version 3."""
     note: str = ""
     """Such as `partial (14/22)`."""
     measured: datetime | None = None
@@ -220,13 +228,17 @@ class Experiments:
         val_loss: float | None = None,
         val_bpb: float | None = None,
     ) -> None:
-        """Records a run's progress; what is `None` stays as it was.
+        """Records a run's progress; what is `None` stays as it was. Validation figures may be another process's: they
+        are no sign that the run goes on.
 
         Raises:
             UnknownRunError: the database has no such run.
         """
         values = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "val_bpb": val_bpb}
-        self._set(run_id, {key: value for key, value in values.items() if value is not None})
+        changes: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
+        if step is not None or train_loss is not None:
+            changes["updated"] = _now()
+        self._set(run_id, changes)
 
     def finish(self, run_id: str, status: EndStatus, message: str | None = None) -> None:
         """Records how a run ended.
@@ -236,7 +248,8 @@ class Experiments:
         """
         if status not in get_args(EndStatus):
             raise ValueError(f"status: expected one of {', '.join(get_args(EndStatus))}, found {status!r}")
-        self._set(run_id, {"status": status, "message": message, "finished": _now()})
+        now = _now()
+        self._set(run_id, {"status": status, "message": message, "finished": now, "updated": now})
 
     def list(self, limit: int | None = None) -> Sequence[RunRow]:
         """The runs, the latest started first; at most `limit` of them."""
@@ -259,7 +272,7 @@ class Experiments:
 
     def record_evaluation(self, rows: Sequence[EvaluationRow]) -> None:
         """Records figures, all or none. What was measured before of the same model, step, task, version, shots, data,
-        limit and tokenizer gives way. The model may be one that the database does not know.
+        limit, tokenizer and length gives way. The model may be one that the database does not know.
         """
         now, names = _now(), [each.name for each in fields(EvaluationRow)]
         values = [{**{name: getattr(row, name) for name in names}, "measured": now} for row in rows]
@@ -298,8 +311,7 @@ class Experiments:
         self.close()
 
     def _set(self, run_id: str, values: dict[str, Any]) -> None:
-        values = {**values, "updated": _now()}
-        changes = ", ".join(f"{key} = :{key}" for key in values)
+        changes = ", ".join(f"{key} = :{key}" for key in values) or "step = step"
         done = self._open().execute(f"UPDATE runs SET {changes} WHERE run_id = :run_id", {**values, "run_id": run_id})
         if done.rowcount == 0:
             self.get(run_id)

@@ -40,8 +40,10 @@ def export(
     folder = load(located.folder)
     config, tensors = read_config(folder), folder.tensors(PREFIX)
     vocabulary = model_tokenizer(folder, tokenizer)
-    trained = None if located.run is None else load_config(located.run.config, environ=context.environ).config
-    length = context_length(folder, trained) if max_position_embeddings is None else max_position_embeddings
+    length = max_position_embeddings
+    if length is None:
+        trained = None if located.run is None else load_config(located.run.config, environ=context.environ).config
+        length = context_length(folder, trained)
     if length is None:
         raise UsageError(f"{run} is no run and names no context length: add --max-position-embeddings")
     saved = tensors["embed.weight"].dtype
