@@ -462,6 +462,14 @@ prepare(source, load_tokenizer("byte"), Path(sys.argv[2]), workers=workers, shar
 """
 
 
+def changed_at(path: Path) -> int | None:
+    """In ns; None while there is no such file, which may go at any moment."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, kills):
     """SIGKILL to the whole process group at random moments, with another number of workers each time."""
@@ -475,9 +483,9 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(tmp_path, kills):
         arguments = [str(tmp_path / "texts.jsonl"), str(tmp_path / "out"), draw.choice("1123")]
         process = subprocess.Popen([sys.executable, "-c", SLOW_PREP, *arguments], start_new_session=True)
         progress = tmp_path / "out.partial" / "progress.json"
-        before = progress.stat().st_mtime_ns if progress.exists() else 0
+        before = changed_at(progress)
         # Until there is something new, or it ended.
-        while process.poll() is None and not (progress.exists() and progress.stat().st_mtime_ns != before):
+        while process.poll() is None and changed_at(progress) in (None, before):
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.15))
         if process.poll() is None:
