@@ -89,11 +89,9 @@ def record(results: Results, model: str, step: int | None, context: Context) -> 
 def _kept(
     row: Row, results: Results, model: str, step: int | None, data_sha256: str, limit: int | None
 ) -> EvaluationRow:
-    length = results.about.get("max_length")
-    max_length = length if isinstance(length, int) else None
     return EvaluationRow(
         model, step, row.task, row.version, row.shots, row.metric, row.value, row.stderr, row.centered, row.n, limit,
-        data_sha256, results.tokenizer, max_length, row.note,
+        data_sha256, results.tokenizer, results.about.get("max_length"), row.note,
     )  # fmt: skip
 
 

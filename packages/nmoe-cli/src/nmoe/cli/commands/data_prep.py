@@ -68,20 +68,19 @@ def prep(
     notice = notice_printer(context.console, context.error_console)
     limit = None if max_tokens is None else _count("--max-tokens", max_tokens)
     shard = SHARD_TOKENS if shard_tokens is None else _count("--shard-tokens", shard_tokens)
-    loaded, reading = load_tokenizer(tokenizer), False
+    loaded = load_tokenizer(tokenizer)
+    opened = open_source(
+        source,
+        [*inputs, *input],
+        text_key=text_key,
+        config=config,
+        split=split,
+        revision=revision,
+        patience=Patience(notice),
+    )
+    number = default_workers(opened.total) if workers is None else workers
+    print_line(context.console, f"Reading {opened}, {number} worker{'s' if number > 1 else ''}")
     try:
-        opened = open_source(
-            source,
-            [*inputs, *input],
-            text_key=text_key,
-            config=config,
-            split=split,
-            revision=revision,
-            patience=Patience(notice),
-        )
-        number = default_workers(opened.total) if workers is None else workers
-        print_line(context.console, f"Reading {opened}, {number} worker{'s' if number > 1 else ''}")
-        reading = True
         with prep_progress(context.console, limit) as progress:
             prepared = prepare(
                 opened,
@@ -96,7 +95,7 @@ def prep(
                 notice=notice,
             )
     except (KeyboardInterrupt, SourceError) as error:
-        if reading and partial_path(output).exists():
+        if partial_path(output).exists():
             notice(f"The work so far is in {partial_path(output)}: {_how_on(error)}.")
         raise
     rows = [row for shards in (prepared.train, prepared.val) if shards for row in set_rows(shards)]
